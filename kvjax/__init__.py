@@ -1,0 +1,27 @@
+"""Small key-value caches for language models, in JAX, on TPU and GPU."""
+
+from kvjax import policies
+from kvjax.attention import attend
+from kvjax.cache import Cache, LayerCache, nbytes
+from kvjax.decoding import Decoded, decode, empty_cache, prefill, step
+from kvjax.models.llama import Params
+from kvjax.models.rope import Rope
+from kvjax.policy import Policy
+
+# from kvjax.models.weights import Model, load
+
+__all__ = [
+    "Cache",
+    "Decoded",
+    "LayerCache",
+    "Params",
+    "Policy",
+    "Rope",
+    "attend",
+    "decode",
+    "empty_cache",
+    "nbytes",
+    "policies",
+    "prefill",
+    "step",
+]

@@ -1,0 +1,332 @@
+"""The one attention: queries of this call over slots in any order, with the statistics that a policy asks for.
+
+Rows of the probability matrix are computed whole, for a block of queries at a time, so that one pass gives the
+output, the log-sum-exp and the column sums; the T x N matrix never exists. Queries of a long call are cut into spans,
+each of which sees a static prefix of the slots, and so causality skips nearly half of the work.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache import FREE, LayerCache, LayerShape, extend, write
+from kvjax.models.rope import Rope, rotate
+from kvjax.policy import Mass, Policy, Seen
+
+SPANS = 8  # static prefixes that a long call is cut into
+BLOCK_LOGITS = 2**18  # queries times slots of one block, for each query head; 128 queries over 2048 slots
+
+
+class Attended(NamedTuple):
+    """What `attend_slots` returns: `out` [B, H, G, T, D], `lse` f32[B, H, G, T], `mass` {Mass: f32[B, H, N]}."""
+
+    out: jax.Array
+    lse: jax.Array
+    mass: dict[Mass, jax.Array]
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: LayerCache | None,
+    policy: Policy,
+    *,
+    positions: jax.Array,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    capacity: int | None = None,
+    layer: int | jax.Array = 0,
+) -> tuple[jax.Array, LayerCache]:
+    """Attention of one layer over its cache and this call's tokens, then the policy's eviction.
+
+    For your own Flax or JAX model: keep your layers, thread the returned `LayerCache` through.
+
+    Args:
+      q: [B, T, Hq, D], not rotated if `rope` is given.
+      k: [B, T, H, D], likewise; H divides Hq.
+      v: [B, T, H, D].
+      cache: What the last call returned, or None at the start. With T = 1 the token is written in place.
+      policy: Made by `kvjax.policies`.
+      positions: i32[B, T], positions of the tokens in their sequences; -1 marks padding. Within a row they go up
+        by one from the number of tokens seen before.
+      rope: How to rotate q and k; None leaves them as they are.
+      scale: Factor of the logits; None takes D ** -0.5.
+      sliding_window: Keys a query sees, itself included; None sees all.
+      capacity: Slots of the returned cache. None takes what the policy needs, which for a policy that keeps every token
+        is one slot for each token so far: leave it room there if single tokens are to follow.
+      layer: Index of the layer, for policies that draw at random.
+
+    Returns:
+      The output [B, T, Hq, D] (0 for padding), and the layer's new cache.
+
+    Raises:
+      ValueError: If the shapes do not fit together, or if the policy gives positions anew and there is no `rope`.
+    """
+    batch, count, q_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    _check(q, k, v, cache, policy, positions, rope)
+    q = q.reshape(batch, count, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, H, G, T, D]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, H, T, D]
+    if rope is not None and policy.ranks is None:
+        cos, sin = rope.angles(positions, head_dim)  # [B, T, D / 2]
+        q, k = rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None])
+
+    if cache is None:
+        cache = policy.init(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
+    if count == 1 and cache.slots > 0:
+        capacity = cache.slots
+        cache = write(cache, k[:, :, 0], v[:, :, 0], positions[:, 0])
+    else:
+        capacity = policy.capacity(cache.slots + count) if capacity is None else capacity
+        cache = extend(cache, k, v, positions)
+
+    q_pos, k_pos, keys = positions[:, None, :], cache.pos, cache.k  # [B, 1, T], [B, H, N]
+    if policy.ranks is not None:
+        # Ranks do not depend on the layer's input: without the barrier those of all layers are computed at once.
+        pos, q = jax.lax.optimization_barrier((cache.pos, q))
+        ranks = policy.ranks(pos)  # [B, H or 1, N]
+        cos, sin = rope.table(cache.slots, head_dim)
+        keys = rotate(keys, cos[ranks], sin[ranks])
+        q_pos = _own(ranks, cache.pos, positions)  # [B, H or 1, T]
+        cos, sin = cos[q_pos][:, :, None], sin[q_pos][:, :, None]  # [B, H or 1, 1, T, D / 2]
+        q = rotate(q, cos, sin)
+        k_pos = jnp.where(cache.pos == FREE, FREE, ranks)
+        q_pos = jnp.where(positions[:, None, :] < 0, FREE, q_pos)
+
+    attended = attend_slots(
+        q * (head_dim**-0.5 if scale is None else scale),
+        keys,
+        cache.v,
+        q_pos,
+        k_pos,
+        needs=policy.needs,
+        bias=None if policy.bias is None else policy.bias(cache),
+        sliding_window=sliding_window,
+    )
+    cache = policy.update(cache, Seen(positions, q, attended.mass), capacity)
+    out = attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim)
+    return out, cache
+
+
+def _own(ranks: jax.Array, pos: jax.Array, positions: jax.Array) -> jax.Array:
+    """Ranks i32[B, H or 1, T] of this call's own tokens: those of the last T slots, or of the newest slot."""
+    count = positions.shape[-1]
+    if count > 1 or pos.shape[-1] == 1:
+        return ranks[..., -count:]
+    return jnp.where(pos[:, : ranks.shape[1]] == FREE, FREE, ranks).max(axis=-1, keepdims=True).clip(0)
+
+
+def attend_slots(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_pos: jax.Array,
+    k_pos: jax.Array,
+    *,
+    needs: frozenset[Mass] = frozenset(),
+    bias: jax.Array | None = None,
+    sliding_window: int | None = None,
+) -> Attended:
+    """Softmax attention over slots, causal by position. A query without a visible slot gives 0, and lse = -inf.
+
+    Args:
+      q: [B, H, G, T, D], scaled and rotated.
+      k: [B, H, N, D].
+      v: [B, H, N, D].
+      q_pos: i32[B, H or 1, T], -1 for padding. Where T > 1, the last T slots hold this call's tokens, in order.
+      k_pos: i32[B, H, N], -1 for free slots.
+      needs: Statistics to return.
+      bias: f32[B, H, N], added to the logits of a slot, except where a query meets its own token.
+      sliding_window: Keys a query sees, itself included; None sees all.
+    """
+    if q.shape[3] == 1:
+        return _attend_one(q, k, v, q_pos, k_pos, needs=needs, bias=bias, sliding_window=sliding_window)
+    count, slots = q.shape[3], k.shape[2]
+    before = slots - count
+    newest = q_pos.max(axis=-1, keepdims=True)  # [B, H or 1, 1]
+    weights = {need: _counted(need, q_pos, newest) for need in needs}  # f32[B, H or 1, T]
+
+    span = -(-count // SPANS) if count >= 64 * SPANS else count
+    outs, lses = [], []
+    mass = {need: jnp.zeros(k_pos.shape, jnp.float32) for need in needs}
+    for start in range(0, count, span):
+        stop = min(start + span, count)
+        seen = before + stop  # slots that the span can see
+
+        def attend_block(block, seen=seen):
+            q_block, at, weight = block
+            out, lse, columns = _attend_block(
+                q_block,
+                k[:, :, :seen],
+                v[:, :, :seen],
+                at,
+                k_pos[:, :, :seen],
+                weight,
+                None if bias is None else bias[:, :, :seen],
+                sliding_window,
+            )
+            return columns, (out, lse)
+
+        size = max(1, min(stop - start, BLOCK_LOGITS // slots))
+        columns, (out, lse) = _over_blocks(
+            attend_block,
+            size,
+            (
+                q[:, :, :, start:stop],
+                q_pos[:, :, start:stop],
+                {need: weight[:, :, start:stop] for need, weight in weights.items()},
+            ),
+        )
+        outs.append(out)
+        lses.append(lse)
+        mass = {need: mass[need].at[:, :, :seen].add(columns[need]) for need in needs}
+    return Attended(jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3), mass)
+
+
+def _over_blocks(attend_block, size, queries):
+    """Runs `attend_block` over blocks of `size` queries; sums the columns, joins the rest along the query axis.
+
+    q is [B, H, G, T, D], all else that belongs to a query has T last. Blocks that do not fill up are padded with
+    queries at position -1, which see nothing.
+    """
+    q, at, weights = queries
+    count = q.shape[3]
+    blocks = -(-count // size)
+    if blocks == 1:
+        return attend_block(queries)
+    pad = blocks * size - count
+
+    def split(x, axis, fill=0):
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, pad)
+        x = jnp.pad(x, widths, constant_values=fill)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(x):  # [blocks, B, H, G, size, ...]
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], blocks * size, *x.shape[5:])[:, :, :, :count]
+
+    stacked = (split(q, 3), split(at, 2, FREE), {need: split(weight, 2) for need, weight in weights.items()})
+    shapes = jax.eval_shape(attend_block, jax.tree.map(lambda x: x[0], stacked))[0]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(total, block):
+        columns, outs = attend_block(block)
+        return jax.tree.map(jnp.add, total, columns), outs
+
+    columns, outs = jax.lax.scan(body, zeros, stacked)
+    return columns, jax.tree.map(join, outs)
+
+
+def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):
+    """Whole rows of a block of queries: out [B, H, G, t, D], lse f32[B, H, G, t], columns {Mass: f32[B, H, n]}."""
+    batch, heads, group, count, head_dim = q.shape
+    flat = (batch, heads, group * count)
+    logits = jax.lax.dot_general(
+        q.reshape(*flat, head_dim), k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+    ).reshape(batch, heads, group, count, -1)
+    logits = _mask(
+        logits,
+        q_pos[:, :, None, :, None],
+        k_pos[:, :, None, None, :],
+        None if bias is None else bias[:, :, None, None, :],
+        sliding_window,
+    )
+    p, total, lse = _exponentials(logits)
+    # The division by the total is left to the end: it then touches [t, D] instead of [t, n].
+    out = jax.lax.dot_general(
+        p.reshape(*flat, -1).astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+    ).reshape(batch, heads, group, count, head_dim)
+    out = (out / total[..., None]).astype(v.dtype)
+    columns = {
+        need: jnp.einsum("bhgt,bhgtn->bhn", weight[:, :, None] / group / total, p) for need, weight in weights.items()
+    }
+    return out, lse, columns
+
+
+def _attend_one(q, k, v, q_pos, k_pos, *, needs, bias, sliding_window):
+    """One query a row: bytes are all that counts, so each query head is a matrix-vector product over the slots."""
+    batch, heads, group, _, head_dim = q.shape
+    logits = jnp.stack(
+        [jnp.einsum("bhnd,bhd->bhn", k, q[:, :, g, 0], preferred_element_type=jnp.float32) for g in range(group)],
+        axis=2,
+    )  # [B, H, G, N]
+    logits = _mask(
+        logits, q_pos[:, :, None], k_pos[:, :, None], None if bias is None else bias[:, :, None], sliding_window
+    )
+    p, total, lse = _exponentials(logits)
+    p = p / total[..., None]
+    out = jnp.stack(
+        [
+            jnp.einsum("bhn,bhnd->bhd", p[:, :, g].astype(v.dtype), v, preferred_element_type=jnp.float32)
+            for g in range(group)
+        ],
+        axis=2,
+    )[:, :, :, None].astype(v.dtype)  # [B, H, G, 1, D]
+    mass = p.mean(axis=2)  # one query is the newest `last` of any number
+    return Attended(out, lse[..., None], {need: mass for need in needs})
+
+
+def _mask(logits, q_pos, k_pos, bias, sliding_window):
+    if bias is not None:
+        logits = logits + jnp.where(q_pos == k_pos, 0.0, bias)
+    visible = (k_pos != FREE) & (k_pos <= q_pos)
+    if sliding_window is not None:
+        visible &= q_pos - k_pos < sliding_window
+    return jnp.where(visible, logits, -jnp.inf)
+
+
+def _exponentials(logits):
+    """exp(logits - max), their sum (1 where nothing is visible), and the log-sum-exp, over the last axis."""
+    top = logits.max(axis=-1)
+    some = top > -jnp.inf
+    p = jnp.exp(logits - jnp.where(some, top, 0.0)[..., None])
+    total = jnp.where(some, p.sum(axis=-1), 1.0)
+    return p, total, jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def _counted(need: Mass, q_pos, newest):
+    """1.0 for the queries that `need` counts, f32[B, H or 1, T]."""
+    counted = q_pos != FREE
+    if need.last is not None:
+        counted &= q_pos > newest - need.last
+    return counted.astype(jnp.float32)
+
+
+def _check(q, k, v, cache, policy, positions, rope):
+    batch, count, q_heads, head_dim = q.shape
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != head_dim:
+        raise ValueError(
+            f"attend: k {k.shape} and v {v.shape} must both be [B, T, kv_heads, D] for q {q.shape}, [B, T, q_heads, D]."
+        )
+    if q_heads % k.shape[2]:
+        raise ValueError(
+            f"attend: q has {q_heads} heads and k has {k.shape[2]}; q_heads must be a multiple of kv_heads. Was k "
+            f"already repeated, or split differently?"
+        )
+    if positions.shape != (batch, count):
+        raise ValueError(
+            f"attend: positions have shape {positions.shape}; q of shape {q.shape} wants {(batch, count)}."
+        )
+    if policy.ranks is not None and rope is None:
+        raise ValueError(
+            f"attend: {policy.name} gives cached tokens new positions, so it must rotate the keys itself. Pass q and k "
+            f"un-rotated, and rope=kvjax.Rope(base=...)."
+        )
+    if cache is None:
+        return
+    want = (batch, k.shape[2], cache.slots, head_dim)
+    if cache.k.shape != want or cache.k.dtype != k.dtype:
+        raise ValueError(
+            f"attend: the cache holds keys {cache.k.dtype}{list(cache.k.shape)}, but k of this call wants "
+            f"{k.dtype}{list(want)}. Was this cache made for another model, batch or dtype?"
+        )
+    expected = jax.eval_shape(lambda: policy.init(LayerShape(batch, k.shape[2], cache.slots, head_dim, k.dtype, 0)))
+    if jax.tree.structure(expected) != jax.tree.structure(cache):
+        raise ValueError(
+            f"attend: the cache holds statistics {sorted(cache.stats)}, which are not those of {policy.name}: "
+            f"{sorted(expected.stats)}. Was this cache made by another policy?"
+        )

@@ -1,0 +1,169 @@
+"""The store: a layer's cache is a set of slots with no order, and `pos` says which token a slot holds.
+
+    pos   [ 0 | 7 | -1 | 5 ]      token 9 arrives         pos   [ 0 | 7 | 9 | 5 ]
+    k     [ a | h |  . | f ]      ---- write ---->        k     [ a | h | j | f ]
+
+Evicting a token is freeing its slot (pos = -1); nothing else moves. Letters in shape comments: B batch, T tokens in
+this call, C slot capacity, N slots in hand, H kv_heads, Hq q_heads, G group (Hq / H), D head_dim.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from kvjax.models.llama import Config
+    from kvjax.policy import Policy
+
+FREE = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """The slots of one layer. Slot order carries no meaning; `pos` does."""
+
+    k: jax.Array  # [B, H, N, D]; rotated before storing, unless the policy gives positions anew
+    v: jax.Array  # [B, H, N, D]
+    pos: jax.Array  # i32[B, H, N], position in the sequence; -1 marks a free slot
+    stats: dict[str, jax.Array]  # f32[B, H, N, ...], owned by scorers; 0 for a token that has just arrived
+    carry: Any  # per-layer state that is not slot-aligned, or ()
+
+    @property
+    def slots(self) -> int:
+        """How many slots there are, free ones included."""
+        return self.pos.shape[-1]
+
+    def slot_aligned(self) -> tuple[Any, ...]:
+        """What belongs to a token and moves with it: k, v, pos and stats."""
+        return self.k, self.v, self.pos, self.stats
+
+    def with_slots(self, aligned: tuple[Any, ...]) -> "LayerCache":
+        """The same layer with other slots, given as `slot_aligned` gives them."""
+        k, v, pos, stats = aligned
+        return LayerCache(k, v, pos, stats, self.carry)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The cache of a model: a value, threaded through prefill, step and decode.
+
+    Attributes:
+      layers: One `LayerCache` a layer; layers may differ in capacity.
+      length: i32[B], tokens each row has seen, which is the position of its next one.
+      policy: The policy that fills it (static).
+      config: The model that it belongs to (static).
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: jax.Array
+    policy: "Policy" = dataclasses.field(metadata={"static": True})
+    config: "Config" = dataclasses.field(metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """What a policy needs to allocate the slots of one layer."""
+
+    batch: int
+    kv_heads: int
+    slots: int
+    head_dim: int
+    dtype: Any
+    layer: int  # index of the layer, for policies that draw at random
+
+
+def empty(shape: LayerShape, stats: dict[str, tuple[int, ...]], carry: Any = ()) -> LayerCache:
+    """Free slots only. `stats` names each statistic with its trailing shape, () for one number a slot."""
+    lead = (shape.batch, shape.kv_heads, shape.slots)
+    return LayerCache(
+        k=jnp.zeros((*lead, shape.head_dim), shape.dtype),
+        v=jnp.zeros((*lead, shape.head_dim), shape.dtype),  # its own buffer: one array used twice cannot be donated
+        pos=jnp.full(lead, FREE, jnp.int32),
+        stats={name: jnp.zeros((*lead, *trailing), jnp.float32) for name, trailing in stats.items()},
+        carry=carry,
+    )
+
+
+def extend(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
+    """Appends T slots: k, v [B, H, T, D] at `positions` i32[B, T], -1 for a slot left free. Statistics start at 0."""
+    batch, heads, count, _ = k.shape
+    pos = jnp.broadcast_to(positions[:, None, :], (batch, heads, count))
+
+    def zeros(stat):
+        return jnp.zeros((batch, heads, count, *stat.shape[3:]), stat.dtype)
+
+    new = (k, v, pos, jax.tree.map(zeros, cache.stats))
+    if cache.slots == 0:
+        return cache.with_slots(new)
+    return cache.with_slots(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache.slot_aligned(), new))
+
+
+def write(cache: LayerCache, k: jax.Array, v: jax.Array, position: jax.Array) -> LayerCache:
+    """Puts one token, k and v [B, H, D] at `position` i32[B], into the first free slot of each row and head, in place.
+
+    A row whose position is -1 is left as it is. A row without a free slot loses the token: policies leave one, and
+    `kvjax.step` checks it for the policies that grow.
+    """
+    batch, heads, slots = cache.pos.shape
+    slot = jnp.argmin(cache.pos, axis=-1)  # [B, H], the first -1
+    free = jnp.take_along_axis(cache.pos, slot[..., None], axis=-1)[..., 0] == FREE
+    slot = jnp.where(free & (position >= 0)[:, None], slot, slots)  # out of range: dropped
+    row, head = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
+
+    def put(buffer, new):
+        return buffer.at[row, head, slot].set(new, mode="drop", unique_indices=True)
+
+    here = jnp.arange(slots) == slot[..., None]  # [B, H, N]
+
+    def clear(stat):
+        return jnp.where(here.reshape(here.shape + (1,) * (stat.ndim - 3)), 0, stat)
+
+    return cache.with_slots(
+        (
+            put(cache.k, k),
+            put(cache.v, v),
+            jnp.where(here, position[:, None, None], cache.pos),
+            jax.tree.map(clear, cache.stats),
+        )
+    )
+
+
+def take(cache: LayerCache, index: jax.Array) -> LayerCache:
+    """Gathers slots `index` i32[B, H, M]: all that belongs to a token moves together."""
+
+    def gather(leaf):
+        return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 3)), axis=2)
+
+    return cache.with_slots(jax.tree.map(gather, cache.slot_aligned()))
+
+
+def free_losers(cache: LayerCache, kept: jax.Array) -> LayerCache:
+    """Frees every slot that is not in `kept` bool[B, H, N]."""
+    return dataclasses.replace(cache, pos=jnp.where(kept, cache.pos, FREE))
+
+
+def resize(cache: LayerCache, capacity: int) -> LayerCache:
+    """The same tokens in `capacity` slots; a row that holds more loses the last ones in slot order."""
+    if cache.slots > capacity:
+        occupied_first = jnp.argsort(cache.pos == FREE, axis=-1, stable=True)
+        return take(cache, occupied_first[..., :capacity])
+    if cache.slots < capacity:
+        spare = capacity - cache.slots
+
+        def pad(leaf, fill=0):
+            widths = [(0, 0)] * leaf.ndim
+            widths[2] = (0, spare)
+            return jnp.pad(leaf, widths, constant_values=fill)
+
+        k, v, pos, stats = cache.slot_aligned()
+        return cache.with_slots((pad(k), pad(v), pad(pos, FREE), jax.tree.map(pad, stats)))
+    return cache
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of every buffer in a cache (or any pytree of arrays or `jax.ShapeDtypeStruct`)."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

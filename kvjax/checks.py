@@ -1,0 +1,101 @@
+"""What a caller can get wrong, said before anything is computed: what came, what was wanted and the mend.
+
+Shapes are checked always; values only where they are known, which is not under jit.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.cache import Cache
+from kvjax.models.llama import Config, Params
+from kvjax.policy import Policy
+
+
+def known(*arrays) -> bool:
+    """Whether the values can be looked at: not under jit."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def check_tokens(tokens) -> tuple[int, int]:
+    """Shape (B, T) of `tokens`, which must be integers and not empty."""
+    shape, dtype = np.shape(tokens), jnp.result_type(tokens)
+    if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"tokens are {dtype}{list(shape)}, and must be integers [B, T], padded on the right; model.encode makes them."
+        )
+    if 0 in shape:
+        raise ValueError(f"tokens have shape {shape}: the prompt is empty. Give every row at least one token.")
+    return shape
+
+
+def check_lengths(lengths, batch: int, count: int) -> jax.Array:
+    """`lengths` as i32[B], each within 1..T; None stands for T."""
+    lengths = jnp.full(batch, count, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths have shape {lengths.shape}; tokens of shape {(batch, count)} want {(batch,)}.")
+    if known(lengths):
+        values = np.asarray(lengths)
+        bad = np.flatnonzero((values < 1) | (values > count))
+        if bad.size:
+            raise ValueError(
+                f"lengths[{bad[0]}]={values[bad[0]]} is outside 1..{count}, the width of tokens. Give every row at least "
+                f"one token, and widen tokens to the longest row."
+            )
+    return lengths
+
+
+def check_ids(config: Config, tokens, lengths) -> None:
+    """Token ids must be in the vocabulary; padding may be anything."""
+    if not known(tokens, lengths):
+        return
+    ids = np.asarray(tokens)
+    wrong = ((ids < 0) | (ids >= config.vocab)) & (np.arange(ids.shape[1]) < np.asarray(lengths)[:, None])
+    if wrong.any():
+        row, at = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"tokens[{row}, {at}]={ids[row, at]} is outside 0..{config.vocab - 1}, the model's vocabulary. Was the text "
+            f"encoded by another tokenizer?"
+        )
+
+
+def check_context(config: Config, policy: Policy, start, lengths, chunk: int, room: int) -> None:
+    """No position may lie beyond the model's context. Where positions are given anew, only what is in hand counts."""
+    if not known(start, lengths):
+        return
+    if policy.ranks is None:
+        last = int(np.max(np.asarray(start) + np.asarray(lengths))) + room
+        mend = "Shorten the prompt, or ask for fewer new tokens."
+    else:
+        last = min(int(np.max(np.asarray(start + lengths))), policy.capacity(0) + chunk)
+        mend = "Shorten the prompt, or read it with chunk=512."
+    if last > config.context:
+        raise ValueError(f"position {last - 1} is beyond the model's context of {config.context} tokens. {mend}")
+
+
+def check_cache(params: Params, policy: Policy, cache: Cache, batch: int) -> None:
+    """The cache must belong to this model, policy and batch."""
+    if cache.config != params.config:
+        raise ValueError(
+            f"the cache was made for {cache.config}, and this model is {params.config}. Prefill a cache with this model."
+        )
+    if cache.policy is not policy:
+        raise ValueError(
+            f"the cache was made by {cache.policy.name}, and the policy given is {policy.name}. Go on with its own policy."
+        )
+    if cache.length.shape[0] != batch:
+        raise ValueError(
+            f"the cache holds {cache.length.shape[0]} rows and tokens have {batch}. Give one row for each."
+        )
+
+
+def check_free_slot(policy: Policy, cache: Cache) -> None:
+    """A policy that keeps every token must have room for the next one."""
+    if policy.budget is not None or not known(cache.length):
+        return
+    slots = min(layer.slots for layer in cache.layers)
+    if int(np.max(cache.length)) >= slots:
+        raise ValueError(
+            f"all {slots} slots hold tokens, and {policy.name} frees none. Leave room for those to come: "
+            f"prefill(..., room=64)."
+        )

@@ -1,0 +1,296 @@
+"""Prefill, step and decode: the model's layers over a cache.
+
+A token's way: `llama.project` gives q, k, v; `attention.attend` writes k and v into the layer's slots, attends over
+them and lets the policy free the losers; `llama.finish` adds the MLP. Prefill runs the layers one by one, each a
+compiled program shared by all of them, so that one layer at most is ever at full length; under the caller's own jit
+they become one program. Decoding is one unrolled program with the cache donated and written in place.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.attention import attend
+from kvjax.cache import FREE, Cache, LayerCache, LayerShape, resize
+from kvjax.checks import check_cache, check_context, check_free_slot, check_ids, check_lengths, check_tokens, known
+from kvjax.models import llama
+from kvjax.models.llama import Block, Config, Params
+from kvjax.policy import Policy
+from kvjax.sampling import Draw, make_draw, row_keys, sample
+
+BURST = 16  # tokens that one call of the decode program may produce before the host looks
+
+
+class Decoded(NamedTuple):
+    """What `decode` returns.
+
+    Attributes:
+      tokens: i32[B, max_new_tokens], 0 after a row's end.
+      lengths: i32[B], tokens before the stop token, which is neither counted nor cached.
+      cache: Has seen the prompt and all of `tokens`; goes into the next turn.
+      logits: f32[B, V], what comes next.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    cache: Cache
+    logits: jax.Array
+
+
+def prefill(
+    params: Params,
+    policy: Policy,
+    tokens: jax.Array,
+    *,
+    lengths: jax.Array | Sequence[int] | None = None,
+    cache: Cache | None = None,
+    chunk: int | None = None,
+    room: int = 0,
+) -> tuple[jax.Array, Cache]:
+    """Reads tokens into a new cache, or into one that has seen an earlier part of the sequence.
+
+    Args:
+      params: The model.
+      policy: Made by `kvjax.policies`; that of `cache`, if there is one.
+      tokens: i32[B, T], padded on the right.
+      lengths: i32[B], tokens of each row, 1..T; None takes T for all.
+      cache: What earlier tokens left behind; it is not changed, and can be continued again.
+      chunk: Reads this many tokens at a time, and evicts after each, so that no layer is ever at full length. The
+        policy then chooses from less; None reads all at once and evicts at the end.
+      room: Tokens to leave room for, for policies that keep every token (`full`); the others have their budget.
+
+    Returns:
+      Logits f32[B, V] of each row's last token, and the cache.
+
+    Raises:
+      ValueError: If arguments do not fit together; token ids, lengths and the model's context are checked where
+        their values are known, that is not under jit.
+    """
+    batch, count = check_tokens(tokens)
+    chunk = count if chunk is None else min(chunk, count)
+    if chunk < 1:
+        raise ValueError(f"prefill: chunk={chunk} must be at least 1; None reads the prompt in one piece.")
+    if room < 0:
+        raise ValueError(f"prefill: room={room} must not be negative; it counts tokens that are to follow.")
+    lengths = check_lengths(lengths, batch, count)
+    if cache is not None:
+        check_cache(params, policy, cache, batch)
+    start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
+    check_context(params.config, policy, start, lengths, chunk, room)
+    check_ids(params.config, tokens, lengths)
+    tokens = jnp.asarray(tokens, jnp.int32)
+
+    layers = [None] * params.config.layers if cache is None else list(cache.layers)
+    capacities = [policy.capacity((0 if layer is None else layer.slots) + count + room) for layer in layers]
+    if chunk < count or (chunk == 1 and cache is not None):
+        # Every chunk meets the slots that the last one leaves, so one program serves them all.
+        if cache is None:
+            layers = list(empty_cache(params, policy, batch, tokens=count + room).layers)
+        layers = [_resize(layer, capacity) for layer, capacity in zip(layers, capacities, strict=True)]
+        tokens = jnp.pad(tokens, ((0, 0), (0, -count % chunk)))
+
+    last = jnp.zeros((batch, params.config.width), params.embed.dtype)
+    for at in range(0, count, chunk):
+        positions = jnp.arange(at, at + chunk)
+        positions = jnp.where(positions < lengths[:, None], start[:, None] + positions, FREE)
+        x = _embed(params, tokens[:, at : at + chunk])
+        for i, block in enumerate(params.blocks):
+            x, layers[i] = _layer(block, x, layers[i], positions, i, policy, params.config, capacities[i])
+        last = _keep_last(last, x, lengths - 1 - at)
+    return _logits(params, last), Cache(tuple(layers), start + lengths, policy, params.config)
+
+
+def step(params: Params, policy: Policy, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Reads one token a row.
+
+    Compile it with the cache donated, and nothing of the cache's size is copied:
+    `jax.jit(kvjax.step, donate_argnames="cache")`. Outside jit the given cache stays as it is.
+
+    Args:
+      params: The model.
+      policy: That of `cache`.
+      token: i32[B]; -1 in a row that has stopped, which then changes nothing.
+      cache: What prefill or an earlier step returned.
+
+    Returns:
+      Logits f32[B, V] of what follows (arbitrary for a row that has stopped), and the cache.
+
+    Raises:
+      ValueError: If arguments do not fit together; outside jit also if the policy keeps every token and no slot is
+        free: prefill with room=.
+    """
+    if token.ndim != 1:
+        raise ValueError(f"step: token has shape {token.shape}, and must be i32[B], one a row. See prefill for more.")
+    check_cache(params, policy, cache, token.shape[0])
+    check_free_slot(policy, cache)
+    return _step(params, policy, token, cache)
+
+
+def _step(params, policy, token, cache):
+    active = token >= 0
+    positions = jnp.where(active, cache.length, FREE)[:, None]
+    x = _embed(params, token[:, None])
+    layers = []
+    for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
+        x, layer = _layer(block, x, layer, positions, i, policy, params.config, layer.slots)
+        layers.append(layer)
+    return _logits(params, x[:, 0]), Cache(tuple(layers), cache.length + active, policy, params.config)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def _layer(
+    block: Block,
+    x: jax.Array,
+    cache: LayerCache | None,
+    positions: jax.Array,
+    layer: int,
+    policy: Policy,
+    config: Config,
+    capacity: int,
+) -> tuple[jax.Array, LayerCache]:
+    """One layer over this call's tokens: the new residual stream x [B, T, width] and the new slots."""
+    q, k, v = llama.project(block, x, config)
+    attended, cache = attend(
+        q,
+        k,
+        v,
+        cache,
+        policy,
+        positions=positions,
+        rope=config.rope,
+        sliding_window=config.sliding_window,
+        capacity=capacity,
+        layer=layer,
+    )
+    return llama.finish(block, x, attended, config), cache
+
+
+_embed = jax.jit(llama.embed)
+_logits = jax.jit(llama.logits)
+_resize = jax.jit(resize, static_argnames="capacity")
+
+
+@jax.jit
+def _keep_last(last, x, index):
+    """The row of x [B, T, width] at `index` i32[B], where it lies in this piece; else what `last` [B, width] holds."""
+    here = (index >= 0) & (index < x.shape[1])
+    found = jnp.take_along_axis(x, index.clip(0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where(here[:, None], found, last)
+
+
+def decode(
+    params: Params,
+    policy: Policy,
+    tokens: jax.Array,
+    *,
+    max_new_tokens: int,
+    lengths: jax.Array | Sequence[int] | None = None,
+    cache: Cache | None = None,
+    chunk: int | None = None,
+    stop: Sequence[int] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | int | None = None,
+    on_token: Callable[[np.ndarray], None] | None = None,
+) -> Decoded:
+    """Reads a prompt and answers it.
+
+    Args:
+      params: The model.
+      policy: Made by `kvjax.policies`; that of `cache`, if there is one.
+      tokens: i32[B, T], padded on the right.
+      max_new_tokens: Tokens to generate for a row at most.
+      lengths: i32[B], tokens of each row, 1..T; None takes T for all.
+      cache: What an earlier turn left behind; it is not changed.
+      chunk: See `prefill`.
+      stop: Token ids that end a row.
+      temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+      top_k: Only the `top_k` likeliest tokens can be drawn; None allows all.
+      top_p: Only the likeliest tokens that together reach this probability can be drawn; None allows all.
+      key: For drawing: a seed, a key, or one key a row. The same key gives the same tokens.
+      on_token: Called with i32[B] for each token as it comes, -1 in rows that have stopped.
+
+    Returns:
+      A `Decoded`.
+
+    Raises:
+      ValueError: See `prefill`.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(
+            f"decode: max_new_tokens={max_new_tokens} must be at least 1; kvjax.prefill reads and says nothing."
+        )
+    draw, stop = make_draw(temperature, top_k, top_p), jnp.asarray(tuple(stop), jnp.int32)
+    logits, new_cache = prefill(params, policy, tokens, lengths=lengths, cache=cache, chunk=chunk, room=max_new_tokens)
+    state = _State(new_cache, logits, jnp.ones(logits.shape[0], bool), row_keys(key, logits.shape[0]))
+
+    if not known(logits):  # under the caller's jit: one loop on the device
+        if on_token is not None:
+            raise ValueError(
+                "decode: on_token cannot be called from within jit; call decode outside, or drop on_token."
+            )
+        state, new = _burst(params, policy, state, max_new_tokens, draw, stop, max_new_tokens)
+        return _decoded(state, new)
+
+    if cache is not None:  # prefill may hand on what the caller holds, and the state is donated
+        state = jax.tree.map(jnp.copy, state)
+    pieces = []
+    while (made := sum(piece.shape[1] for piece in pieces)) < max_new_tokens and bool(state.alive.any()):
+        size = min(1 if on_token else BURST, max_new_tokens - made)
+        state, new = _burst_in_place(params, policy, state, size, draw, stop, BURST)
+        pieces.append(new[:, :size])
+        if on_token and bool(state.alive.any()):
+            on_token(np.asarray(new[:, 0]))
+    new = jnp.concatenate(pieces, axis=1)
+    return _decoded(state, jnp.pad(new, ((0, 0), (0, max_new_tokens - new.shape[1])), constant_values=-1))
+
+
+class _State(NamedTuple):
+    """Decoding between two tokens: `alive` bool[B] is false for rows that have stopped, `keys` has one key a row."""
+
+    cache: Cache
+    logits: jax.Array
+    alive: jax.Array
+    keys: jax.Array
+
+
+def _burst(params: Params, policy: Policy, state: _State, limit: int, draw: Draw | None, stop: jax.Array, size: int):
+    """Up to `limit` tokens a row, in a buffer i32[B, size], where -1 is none; ends when all rows have stopped."""
+
+    def going(carry):
+        made, state, _ = carry
+        return (made < limit) & state.alive.any()
+
+    def one_more(carry):
+        made, (cache, logits, alive, keys), tokens = carry
+        token = sample(logits, draw, keys, cache.length)
+        alive &= ~jnp.isin(token, stop)
+        token = jnp.where(alive, token, -1)
+        new_logits, cache = _step(params, policy, token, cache)
+        state = _State(cache, jnp.where(alive[:, None], new_logits, logits), alive, keys)
+        return made + 1, state, tokens.at[:, made].set(token)
+
+    tokens = jnp.full((state.alive.shape[0], size), -1, jnp.int32)
+    _, state, tokens = jax.lax.while_loop(going, one_more, (0, state, tokens))
+    return state, tokens
+
+
+_burst_in_place = jax.jit(_burst, static_argnames="size", donate_argnames="state")
+
+
+def _decoded(state, tokens):
+    return Decoded(jnp.maximum(tokens, 0), (tokens >= 0).sum(axis=1), state.cache, state.logits)
+
+
+def empty_cache(params: Params, policy: Policy, batch: int, *, tokens: int = 0) -> Cache:
+    """A cache that has seen nothing, with the slots that `policy` needs for a sequence of `tokens`."""
+    shape = functools.partial(
+        LayerShape, batch, params.config.kv_heads, policy.capacity(tokens), params.config.head_dim, params.embed.dtype
+    )
+    layers = tuple(policy.init(shape(i)) for i in range(params.config.layers))
+    return Cache(layers, jnp.zeros(batch, jnp.int32), policy, params.config)

@@ -1,0 +1,1 @@
+"""Frozen backbones, and how their weights are read."""

@@ -1,0 +1,11 @@
+"""The methods, one file each."""
+
+from kvjax.policies.full import full
+from kvjax.policies.h2o import h2o
+from kvjax.policies.keydiff import keydiff
+from kvjax.policies.random import random
+from kvjax.policies.snapkv import snapkv
+from kvjax.policies.streaming_llm import streaming_llm
+from kvjax.policies.tova import tova
+
+__all__ = ["full", "h2o", "keydiff", "random", "snapkv", "streaming_llm", "tova"]

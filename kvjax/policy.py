@@ -1,0 +1,149 @@
+"""What a method is: a `Policy`, assembled from a scorer and a selection."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from kvjax import selects
+from kvjax.cache import LayerCache, LayerShape, empty, free_losers, resize
+
+
+class Mass(NamedTuple):
+    """A statistic that attention can return: the probability each slot received, summed over queries.
+
+    Its value in `Seen.mass` is f32[B, H, N], the mean over the query heads of the group.
+
+    Attributes:
+      last: Only the newest `last` queries of this call count, in each row; None counts all.
+    """
+
+    last: int | None = None
+
+
+class Seen(NamedTuple):
+    """What a policy sees of one call, once attention is done.
+
+    Attributes:
+      positions: i32[B, T] of this call's tokens; -1 is padding, or a row that has stopped.
+      q: [B, H, G, T, D], this call's queries as attention used them (rotated).
+      mass: The statistics that the policy asked for in `needs`.
+    """
+
+    positions: jax.Array
+    q: jax.Array
+    mass: dict[Mass, jax.Array]
+
+    @property
+    def now(self) -> jax.Array:
+        """i32[B], position of the newest token of each row; -1 for a row without a token in this call."""
+        return self.positions.max(axis=-1)
+
+
+class Scorer(NamedTuple):
+    """By what slots are kept.
+
+    Attributes:
+      needs: Statistics that attention must return.
+      stats: Names of the statistics that it keeps with each slot, with their trailing shapes.
+      observe: (cache, seen) -> the new stats.
+      score: (cache, seen) -> f32[B, H, N]; higher stays, +inf always.
+      carry: (LayerShape) -> state of the layer that is not slot-aligned.
+    """
+
+    needs: frozenset[Mass]
+    stats: dict[str, tuple[int, ...]]
+    observe: Callable[[LayerCache, Seen], dict[str, jax.Array]]
+    score: Callable[[LayerCache, Seen], jax.Array]
+    carry: Callable[[LayerShape], Any] = lambda shape: ()
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """A way to keep a cache small: pure functions, and what they want to see.
+
+    Static under jit, compared by identity; the functions in `kvjax.policies` return the same object for the same
+    arguments, so nothing is compiled twice.
+
+    Attributes:
+      name: What it is called in reports and errors, e.g. "h2o(budget=256, window=64)".
+      budget: Most slots of a row and head in use once `update` is done; None keeps every token, and grows.
+      needs: Statistics that attention must return; empty costs nothing.
+      init: (LayerShape) -> LayerCache of free slots.
+      update: (LayerCache with N slots, Seen, capacity) -> LayerCache with `capacity` slots.
+      ranks: None where keys are cached rotated, at their true positions. Else keys are cached un-rotated, and
+        (pos i32[B, H, N]) -> i32[B, H or 1, N] gives each slot the position, below N, at which attention reads it.
+      bias: None, or (LayerCache) -> f32[B, H, N], added to the attention logits of each slot but the query's own.
+    """
+
+    name: str
+    budget: int | None
+    needs: frozenset[Mass]
+    init: Callable[[LayerShape], LayerCache]
+    update: Callable[[LayerCache, Seen, int], LayerCache]
+    ranks: Callable[[jax.Array], jax.Array] | None = None
+    bias: Callable[[LayerCache], jax.Array] | None = None
+
+    def capacity(self, tokens: int) -> int:
+        """Slots to allocate for a sequence of `tokens`: one above the budget, where the next token is written."""
+        return tokens if self.budget is None else self.budget + 1
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def evict(
+    scorer: Scorer,
+    *,
+    budget: int | None,
+    select: Callable = selects.top_k,
+    ranks: Callable | None = None,
+) -> Policy:
+    """A policy that scores every slot, keeps what `select` chooses and frees the rest.
+
+    Args:
+      scorer: By what slots are kept.
+      budget: Slots kept in each row and head; None keeps all.
+      select: (score f32[B, H, N], pos i32[B, H, N], budget) -> kept bool[B, H, N].
+      ranks: See `Policy`.
+    """
+
+    def init(shape):
+        return empty(shape, scorer.stats, scorer.carry(shape))
+
+    def update(cache, seen, capacity):
+        cache = dataclasses.replace(cache, stats=scorer.observe(cache, seen))
+        if budget is not None and cache.slots > budget:
+            kept = select(scorer.score(cache, seen), cache.pos, budget)
+            cache = free_losers(cache, kept)
+        return resize(cache, capacity)
+
+    return Policy("evict", budget, scorer.needs, init, update, ranks)
+
+
+def check_budget(name: str, budget: int) -> None:
+    """Refuses a budget without a slot."""
+    if budget < 1:
+        raise ValueError(f"{name}: budget={budget} leaves no slot; it must be at least 1.")
+
+
+def method(make: Callable[..., Policy]) -> Callable[..., Policy]:
+    """Gives the policies of `make` their name, and the same object for the same arguments."""
+    signature = inspect.signature(make)
+
+    @functools.cache
+    def made(settings: tuple[tuple[str, Any], ...]) -> Policy:
+        name = f"{make.__name__}({', '.join(f'{key}={value!r}' for key, value in settings)})"
+        return dataclasses.replace(make(**dict(settings)), name=name)
+
+    @functools.wraps(make)
+    def wrapper(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return made(tuple(bound.arguments.items()))
+
+    return wrapper

@@ -1,0 +1,34 @@
+"""Scorers: by what slots are kept. New statistics go here, beside their kin."""
+
+import jax.numpy as jnp
+
+from kvjax.policy import Mass, Scorer
+
+
+def keep_stats(cache, seen):
+    """The `observe` of scorers that keep no statistics of their own."""
+    return cache.stats
+
+
+def recency() -> Scorer:
+    """The position: newer tokens stay."""
+    return Scorer(frozenset(), {}, keep_stats, lambda cache, seen: cache.pos.astype(jnp.float32))
+
+
+def attention_mass() -> Scorer:
+    """Attention each slot has received so far, summed over queries, mean over its group."""
+
+    def observe(cache, seen):
+        return {**cache.stats, "mass": cache.stats["mass"] + seen.mass[Mass()]}
+
+    return Scorer(frozenset({Mass()}), {"mass": ()}, observe, lambda cache, seen: cache.stats["mass"])
+
+
+def protect(scorer: Scorer, *, sinks: int = 0, window: int = 0) -> Scorer:
+    """Another scorer, under which the first `sinks` positions and the newest `window` tokens always stay."""
+
+    def score(cache, seen):
+        newest = cache.pos > (seen.now - window)[:, None, None]
+        return jnp.where((cache.pos < sinks) | newest, jnp.inf, scorer.score(cache, seen))
+
+    return scorer._replace(score=score)
