@@ -22,7 +22,7 @@ def check_tokens(tokens) -> tuple[int, int]:
     shape, dtype = np.shape(tokens), jnp.result_type(tokens)
     if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"tokens are {dtype}{list(shape)}, and must be integers [B, T], padded on the right; model.encode makes them."
+            f"tokens are {dtype}{list(shape)}, and must be integers [B, T], padded on the right: see model.encode."
         )
     if 0 in shape:
         raise ValueError(f"tokens have shape {shape}: the prompt is empty. Give every row at least one token.")
@@ -39,8 +39,8 @@ def check_lengths(lengths, batch: int, count: int) -> jax.Array:
         bad = np.flatnonzero((values < 1) | (values > count))
         if bad.size:
             raise ValueError(
-                f"lengths[{bad[0]}]={values[bad[0]]} is outside 1..{count}, the width of tokens. Give every row at least "
-                f"one token, and widen tokens to the longest row."
+                f"lengths[{bad[0]}]={values[bad[0]]} is outside 1..{count}, the width of tokens. Give every row at "
+                f"least one token, and widen tokens to the longest row."
             )
     return lengths
 
@@ -54,8 +54,8 @@ def check_ids(config: Config, tokens, lengths) -> None:
     if wrong.any():
         row, at = np.argwhere(wrong)[0]
         raise ValueError(
-            f"tokens[{row}, {at}]={ids[row, at]} is outside 0..{config.vocab - 1}, the model's vocabulary. Was the text "
-            f"encoded by another tokenizer?"
+            f"tokens[{row}, {at}]={ids[row, at]} is outside 0..{config.vocab - 1}, the model's vocabulary. Was the "
+            f"text encoded by another tokenizer?"
         )
 
 
@@ -76,12 +76,10 @@ def check_context(config: Config, policy: Policy, start, lengths, chunk: int, ro
 def check_cache(params: Params, policy: Policy, cache: Cache, batch: int) -> None:
     """The cache must belong to this model, policy and batch."""
     if cache.config != params.config:
-        raise ValueError(
-            f"the cache was made for {cache.config}, and this model is {params.config}. Prefill a cache with this model."
-        )
+        raise ValueError(f"the cache was made for {cache.config}, and this model is {params.config}. Prefill it anew.")
     if cache.policy is not policy:
         raise ValueError(
-            f"the cache was made by {cache.policy.name}, and the policy given is {policy.name}. Go on with its own policy."
+            f"the cache was made by {cache.policy.name}, and the policy given is {policy.name}. Give its own."
         )
     if cache.length.shape[0] != batch:
         raise ValueError(

@@ -45,6 +45,8 @@ def open_gguf(path: Path) -> Checkpoint:
     """
     header = read_header(path)
     origin = str(path)
+    for name, location in header.tensors.items():
+        _check_kind(name, location, origin)
     config = parse_config(header, origin)
     heads = {"wq": config.q_heads, "wk": config.kv_heads, "bq": config.q_heads, "bk": config.kv_heads}
     interleaved = (
@@ -54,7 +56,6 @@ def open_gguf(path: Path) -> Checkpoint:
     )
     tensors = {}
     for name, location in header.tensors.items():
-        _check_kind(name, location, origin)
         read = functools.partial(_dequantise, header.data, location, interleaved.get(name))
         tensors[name] = Stored(location.shape, read)
     tensors.pop(ROPE_FACTORS, None)  # went into config.rope

@@ -27,6 +27,8 @@ class Location(NamedTuple):
 
 
 class Header(NamedTuple):
+    """What a GGUF file says before its weights begin."""
+
     metadata: dict[str, Any]
     tensors: dict[str, Location]
     data: np.ndarray  # u8[file size], mapped
@@ -40,7 +42,7 @@ def read_header(path: Path) -> Header:
     """
     if path.stat().st_size < 24:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, too few for a GGUF file. Fetch it again.")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
+    data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # slices of a memmap are slow to make
     cursor = _Cursor(memoryview(data), 0)
     magic, version = bytes(cursor.buffer[:4]), struct.unpack_from("<I", data, 4)[0]
     if magic != b"GGUF":
@@ -52,12 +54,14 @@ def read_header(path: Path) -> Header:
         tensor_count, metadata_count = cursor.scalar("Q"), cursor.scalar("Q")
         metadata = {cursor.string(): cursor.value(cursor.scalar("I")) for _ in range(metadata_count)}
         declared = [_tensor(cursor) for _ in range(tensor_count)]
-    except (struct.error, ValueError, KeyError) as error:
+        alignment = metadata.get("general.alignment", 32)
+        if alignment not in (1 << bits for bits in range(16)):
+            raise ValueError(f"an alignment of {alignment}")
+    except (struct.error, ValueError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} is truncated or damaged in its header, near byte {cursor.at} of {len(data)} ({error}). "
             f"Fetch it again."
         ) from error
-    alignment = metadata.get("general.alignment", 32)
     first = -(-cursor.at // alignment) * alignment
     return Header(metadata, _locate(path, declared, first, len(data)), data)
 

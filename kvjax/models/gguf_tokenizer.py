@@ -1,6 +1,6 @@
 """The tokenizer in a GGUF file's metadata, put together again from its vocabulary, merges or scores."""
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from kvjax.models.checkpoint import Text
 
@@ -31,27 +31,99 @@ def read_text(metadata: dict, origin: str) -> Text:
         if token is not None and token >= len(tokens):
             raise ValueError(f"{origin}: the {key} token has id {token}, and the vocabulary {len(tokens)} entries.")
     bos, eos = (None if ids[key] is None else tokens[ids[key]] for key in ("bos", "eos"))
-    return Text(_read_tokenizer(metadata, tokens, bos, eos, origin), template, stops, bos, eos)
-
-
-def _read_tokenizer(metadata: dict, tokens: list[str], bos: str | None, eos: str | None, origin: str) -> Tokenizer:
-    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    kinds = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     try:
-        if model == "gpt2":
-            tokenizer = _byte_level(tokens, metadata["tokenizer.ggml.merges"], pre)
-        elif model == "llama":
-            tokenizer = _sentencepiece(
-                tokens, metadata["tokenizer.ggml.scores"], kinds, metadata.get("tokenizer.ggml.add_space_prefix", True)
-            )
-        else:
-            raise ValueError(f"tokenizer.ggml.model={model!r} is not supported; wanted 'gpt2' or 'llama'")
-    except Exception as error:  # the package raises nothing narrower
+        tokenizer = _build_tokenizer(metadata, tokens, bos, eos)
+    except (ValueError, KeyError) as error:
         raise ValueError(
             f"{origin}: no tokenizer can be made from its metadata ({error}). Load the Hugging Face directory of this "
             f"model, which has a tokenizer.json."
         ) from error
-    tokenizer.add_special_tokens(_added(tokens, kinds, CONTROL, special=True))
-    tokenizer.add_tokens(_added(tokens, kinds, USER_DEFINED, special=False))
-    _frame(tokenizer, metadata, bos if model == "llama" or pre == "llama-bpe" else None, bos, eos)
+    return Text(tokenizer, template, stops, bos, eos)
+
+
+def _build_tokenizer(metadata: dict, tokens: list[str], bos: str | None, eos: str | None) -> Tokenizer:
+    stated = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    model, pre = stated.get("model"), stated.get("pre")
+    kinds = stated.get("token_type", [NORMAL] * len(tokens))
+    if model == "gpt2":
+        tokenizer = _byte_level(tokens, stated["merges"], pre)
+    elif model == "llama":
+        tokenizer = _sentencepiece(tokens, stated["scores"], kinds, stated.get("add_space_prefix", True))
+    else:
+        raise ValueError(f"tokenizer.ggml.model={model!r} is not supported; wanted 'gpt2' or 'llama'")
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+        added = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
+    # llama.cpp's defaults, where the file does not say
+    before = [bos] if bos and stated.get("add_bos_token", model == "llama" or pre == "llama-bpe") else []
+    after = [eos] if eos and stated.get("add_eos_token", False) else []
+    if before or after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(before + after)],
+        )
+    return tokenizer
+
+
+def _byte_level(tokens: list[str], merges: list[str], pre: str | None) -> Tokenizer:
+    """Byte-level BPE, as of GPT-2; `pre` names the way a text is cut into words before."""
+    gpt2_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cuts = {
+        "gpt-2": [gpt2_words],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), gpt2_words],
+        "llama-bpe": _cut(LLAMA3_WORDS),
+        "qwen2": _cut(QWEN2_WORDS),
+    }
+    if pre not in cuts:
+        raise ValueError(f"tokenizer.ggml.pre={pre!r} is not supported; wanted one of {tuple(cuts)}")
+    tokenizer = _bpe(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+        ignore_merges=pre == "llama-bpe",  # a word that is in the vocabulary is taken whole
+    )
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts[pre])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _cut(words: str) -> list:
+    return [
+        pre_tokenizers.Split(Regex(words), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+def _bpe(**parts) -> Tokenizer:
+    try:
+        return Tokenizer(models.BPE(**parts))
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"its merges do not fit its vocabulary: {error}") from error
+
+
+def _sentencepiece(tokens: list[str], scores: list[float], kinds: list[int], add_prefix: bool) -> Tokenizer:
+    """BPE as of sentencepiece: what it merges is not stored, only each token's score, higher joined first."""
+    vocab = {token: i for i, token in enumerate(tokens)}
+    joined = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
+    merges = [
+        (-scores[vocab[token]], -i, token[:i], token[i:])
+        for token in joined
+        for i in range(1, len(token))
+        if token[:i] in joined and token[i:] in joined
+    ]
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
+    tokenizer = _bpe(
+        vocab=vocab,
+        merges=[merge[2:] for merge in sorted(merges)],
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    prefix = [normalizers.Prepend("▁")] if add_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if add_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return tokenizer
