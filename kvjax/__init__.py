@@ -6,22 +6,25 @@ from kvjax.cache import Cache, LayerCache, nbytes
 from kvjax.decoding import Decoded, decode, empty_cache, prefill, step
 from kvjax.models.llama import Params
 from kvjax.models.rope import Rope
+from kvjax.models.weights import Model, load
 from kvjax.policy import Policy
-
-# from kvjax.models.weights import Model, load
+from kvjax.report import report
 
 __all__ = [
     "Cache",
     "Decoded",
     "LayerCache",
+    "Model",
     "Params",
     "Policy",
     "Rope",
     "attend",
     "decode",
     "empty_cache",
+    "load",
     "nbytes",
     "policies",
     "prefill",
+    "report",
     "step",
 ]

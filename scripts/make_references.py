@@ -58,11 +58,13 @@ AWKWARD = [
     "I'm, you've, they'll, he'd, it's, DON'T, we're, O'Neill's",
     "<|im_start|>user\nhi<|im_end|>\n",
     "<|im_start|> <|im_end|><|endoftext|>",
-    "<|im_start", "<|IM_START|>", "a<|im_end|>b",
+    "<|im_start",
+    "<|IM_START|>",
+    "a<|im_end|>b",
     "<repo_name>kvjax<file_sep>main.py",
-    "def f(x: int) -> str:\n    return f\"{x!r:>{10}}\"  # comment\n",
+    'def f(x: int) -> str:\n    return f"{x!r:>{10}}"  # comment\n',
     "for (int i = 0; i < n; ++i) { a[i] <<= 2; }",
-    "{\"key\": [1, 2.5, null], \"nested\": {\"a\": \"\\u00e9\"}}",
+    '{"key": [1, 2.5, null], "nested": {"a": "\\u00e9"}}',
     "https://example.com/a_b-c?d=e%20f&g=1#frag",
     "naïve café, Ünïcödé, Ærø, ß",
     "cafe\u0301 a\u0308o\u0302 n\u0303",
@@ -93,7 +95,7 @@ CHATS = [
     [
         {"role": "user", "content": "Hi!"},
         {"role": "assistant", "content": "Hello. What can I do for you?"},
-        {"role": "user", "content": "Count to 12345.\n\nSlowly, \"please\" <b>."},
+        {"role": "user", "content": 'Count to 12345.\n\nSlowly, "please" <b>.'},
     ],
     [
         {"role": "system", "content": ""},
@@ -133,9 +135,7 @@ def write_json(name: str, content):
 def smollm2_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The published tokenizer.json, from the vocabulary and merges of the GGUF file."""
     fields = gguf.GGUFReader(path).fields
-    tokens, merges, kinds = (
-        fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type")
-    )
+    tokens, merges, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type"))
     return PreTrainedTokenizerFast(
         tokenizer_object=byte_level(
             tokens,
@@ -157,19 +157,24 @@ def write_smollm2_text(tokenizer, path: Path):
     for messages in CHATS:
         for prompt in (True, False):
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-            chats.append({
-                "messages": messages,
-                "add_generation_prompt": prompt,
-                "text": text,
-                "ids": tokenizer(text, add_special_tokens=False).input_ids,
-            })
-    write_json("smollm2_text.json", {
-        "texts": [{"text": text, "ids": row} for text, row in zip(AWKWARD, ids, strict=True)],
-        "chats": chats,
-        "wrong_in_transformers_own_conversion": [
-            text for text, ours, other in zip(AWKWARD, ids, theirs, strict=True) if ours != other
-        ],
-    })
+            chats.append(
+                {
+                    "messages": messages,
+                    "add_generation_prompt": prompt,
+                    "text": text,
+                    "ids": tokenizer(text, add_special_tokens=False).input_ids,
+                }
+            )
+    write_json(
+        "smollm2_text.json",
+        {
+            "texts": [{"text": text, "ids": row} for text, row in zip(AWKWARD, ids, strict=True)],
+            "chats": chats,
+            "wrong_in_transformers_own_conversion": [
+                text for text, ours, other in zip(AWKWARD, ids, theirs, strict=True) if ours != other
+            ],
+        },
+    )
 
 
 def write_smollm2_logits(tokenizer, path: Path):
@@ -198,11 +203,21 @@ def write_smollm2_logits(tokenizer, path: Path):
 def families():
     """Name to (config, how to save it). Widths are multiples of 32, for the tests that quantise them."""
     shape = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 97,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 97,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     }
     llama3_rope = {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
     return {
@@ -212,14 +227,21 @@ def families():
         ),
         "llama3": (
             LlamaConfig(
-                **shape | {"vocab_size": 400, "eos_token_id": [2, 3]}, num_attention_heads=4, num_key_value_heads=2,
-                head_dim=16, rope_parameters=llama3_rope, tie_word_embeddings=True,
+                **shape | {"vocab_size": 400, "eos_token_id": [2, 3]},
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                rope_parameters=llama3_rope,
+                tie_word_embeddings=True,
             ),
             {"tokenizer": llama3_tokenizer()},
         ),
         "linear": (
             LlamaConfig(
-                **shape, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True,
+                **shape,
+                num_attention_heads=4,
+                num_key_value_heads=1,
+                tie_word_embeddings=True,
                 rope_parameters={"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
             ),
             {"dtype": torch.float16, "old_rope_keys": True},
@@ -248,9 +270,7 @@ def write_family(name, config, how):
             else:
                 weight.copy_(1.2 / weight.shape[-1] ** 0.5 * torch.randn_like(weight))
     folder = HERE / name
-    model.to(how.get("dtype", torch.float32)).save_pretrained(
-        folder, max_shard_size=how.get("max_shard_size", "50GB")
-    )
+    model.to(how.get("dtype", torch.float32)).save_pretrained(folder, max_shard_size=how.get("max_shard_size", "50GB"))
     if how.get("old_rope_keys"):
         use_old_rope_keys(folder / "config.json")
     if "tokenizer" in how:
@@ -277,30 +297,51 @@ def use_old_rope_keys(file: Path):
 def write_small_tokenizers():
     """For each value of tokenizer.ggml.model and .pre: the parts that GGUF stores, and the ids on the same strings."""
     tokens, merges = train(pre_tokenizers.ByteLevel(add_prefix_space=False), 400, ["<|bos|>", "<|end|>", "<|eot|>"])
-    write_small("llama-bpe", llama3_tokenizer(), {
-        "model": "gpt2", "pre": "llama-bpe", "tokens": tokens, "merges": merges, "token_type": kinds(tokens, 3),
-        "bos_token_id": 0, "eos_token_id": 1, "eot_token_id": 2,
-    })
+    write_small(
+        "llama-bpe",
+        llama3_tokenizer(),
+        {
+            "model": "gpt2",
+            "pre": "llama-bpe",
+            "tokens": tokens,
+            "merges": merges,
+            "token_type": kinds(tokens, 3),
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "eot_token_id": 2,
+        },
+    )
     tokens, merges = train(pre_tokenizers.ByteLevel(add_prefix_space=False), 400, ["<|endoftext|>"])
     qwen2 = Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in merges]
     )
-    write_small("qwen2", qwen2, {
-        "model": "gpt2", "pre": "qwen2", "tokens": tokens, "merges": merges, "token_type": kinds(tokens, 1),
-        "eos_token_id": 0,
-    })
+    write_small(
+        "qwen2",
+        qwen2,
+        {
+            "model": "gpt2",
+            "pre": "qwen2",
+            "tokens": tokens,
+            "merges": merges,
+            "token_type": kinds(tokens, 1),
+            "eos_token_id": 0,
+        },
+    )
     write_small("llama", *sentencepiece())
 
 
 def write_small(name, tokenizer, metadata):
     ids = [tokenizer(text).input_ids for text in AWKWARD]
-    write_json(f"tokenizer_{name}.json", {
-        "metadata": metadata,
-        "texts": [
-            {"text": text, "ids": row, "decoded": tokenizer.backend_tokenizer.decode(row, skip_special_tokens=True)}
-            for text, row in zip(AWKWARD, ids, strict=True)
-        ],
-    })
+    write_json(
+        f"tokenizer_{name}.json",
+        {
+            "metadata": metadata,
+            "texts": [
+                {"text": text, "ids": row, "decoded": tokenizer.backend_tokenizer.decode(row, skip_special_tokens=True)}
+                for text, row in zip(AWKWARD, ids, strict=True)
+            ],
+        },
+    )
 
 
 def train(cut, size, special) -> tuple[list[str], list[str]]:
@@ -368,15 +409,19 @@ def byte_level(tokens, merges, *, special, cuts, ignore_merges=False, first=None
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {first: {"id": first, "ids": [ids[first]], "tokens": [first]}},
     }
-    return Tokenizer.from_str(json.dumps({
-        "version": "1.0",
-        "added_tokens": added(ids, special),
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
-        "post_processor": frame,
-        "decoder": gpt2_cut(use_regex=True),
-        "model": {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": ignore_merges},
-    }))
+    return Tokenizer.from_str(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": added(ids, special),
+                "normalizer": None,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
+                "post_processor": frame,
+                "decoder": gpt2_cut(use_regex=True),
+                "model": {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": ignore_merges},
+            }
+        )
+    )
 
 
 def sentencepiece():
@@ -387,43 +432,66 @@ def sentencepiece():
     tokens = [*first, *joined, *(piece for piece in pieces if piece not in set(joined))]
     scores = [0.0] * len(first) + [-float(i) for i in range(len(tokens) - len(first))]
     ids = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer.from_str(json.dumps({
-        "version": "1.0",
-        "added_tokens": added(ids, first[:3]),
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        ]},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-        },
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ]},
-        "model": {
-            "type": "BPE", "vocab": ids, "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
-            "merges": generate_merges(ids, dict(zip(tokens, scores, strict=True)), skip_tokens=first),
-        },
-    }))
+    tokenizer = Tokenizer.from_str(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": added(ids, first[:3]),
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [
+                        {"type": "Prepend", "prepend": "▁"},
+                        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                    ],
+                },
+                "pre_tokenizer": None,
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+                },
+                "decoder": {
+                    "type": "Sequence",
+                    "decoders": [
+                        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                        {"type": "ByteFallback"},
+                        {"type": "Fuse"},
+                        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                    ],
+                },
+                "model": {
+                    "type": "BPE",
+                    "vocab": ids,
+                    "unk_token": "<unk>",
+                    "fuse_unk": True,
+                    "byte_fallback": True,
+                    "merges": generate_merges(ids, dict(zip(tokens, scores, strict=True)), skip_tokens=first),
+                },
+            }
+        )
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"), {
-        "model": "llama", "tokens": tokens, "scores": scores,
+        "model": "llama",
+        "tokens": tokens,
+        "scores": scores,
         "token_type": [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - len(first))],
-        "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
     }
 
 
 def added(ids, special):
     return [
         {
-            "id": ids[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": True,
+            "id": ids[token],
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
         }
         for token in special
     ]

@@ -34,6 +34,6 @@ def plain_attention(q, k, v, window: int | None = None) -> jax.Array:
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    ago = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])   # of key k, seen from query q
+    ago = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])  # of key k, seen from query q
     visible = (ago >= 0) & (ago < (window or q.shape[1]))
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(visible, logits, -jnp.inf)), v)

@@ -20,8 +20,8 @@ def render(template: str, messages: list[dict], *, add_generation_prompt: bool, 
         return _compile(template).render(
             messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **known
         )
-    except jinja2.TemplateError as error:
-        roles = [message.get("role") for message in messages]
+    except (jinja2.TemplateError, TypeError) as error:
+        roles = [message["role"] for message in messages]
         raise ValueError(f"chat: the model's template does not take messages of the roles {roles}: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """What a model file offers, and how it becomes `Params`: checked whole first, then read tensor by tensor."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -123,21 +124,23 @@ def _check_config(config: Config, origin: str) -> None:
 
 def _check_tensors(checkpoint: Checkpoint, outer: dict, inner: dict) -> None:
     names, tensors, origin = checkpoint.names, checkpoint.tensors, checkpoint.origin
-    wanted = {names[field]: shape for field, shape in outer.items()}
-    for layer in range(checkpoint.config.layers):
-        wanted |= {names[field].format(layer): shape for field, shape in inner.items()}
-    for name, shape in wanted.items():
+    wanted = set()
+    layers = (
+        (names[field].format(i), shape) for i in range(checkpoint.config.layers) for field, shape in inner.items()
+    )
+    for name, shape in itertools.chain(((names[field], shape) for field, shape in outer.items()), layers):
+        wanted.add(name)
         if name not in tensors:
             raise ValueError(
-                f"{origin}: the tensor {name} {list(shape)} is missing, one of {len(wanted)} that its config asks "
-                f"for. Fetch the file again, or check that it is a whole model of this architecture."
+                f"{origin}: the tensor {name} {list(shape)} is missing, which its config asks for. Fetch the file "
+                f"again, or check that it is a whole model of this architecture."
             )
         if tensors[name].shape != shape:
             raise ValueError(
                 f"{origin}: the tensor {name} is {list(tensors[name].shape)}, and the config makes it "
                 f"{list(shape)}. Do config and weights belong to the same model?"
             )
-    strangers = sorted(set(tensors) - set(wanted))
+    strangers = sorted(set(tensors) - wanted)
     if strangers:
         raise ValueError(
             f"{origin}: {len(strangers)} tensors have no place in a {checkpoint.config.architecture} model of "

@@ -48,15 +48,12 @@ def open_gguf(path: Path) -> Checkpoint:
     for name, location in header.tensors.items():
         _check_kind(name, location, origin)
     config = parse_config(header, origin)
-    heads = {"wq": config.q_heads, "wk": config.kv_heads, "bq": config.q_heads, "bk": config.kv_heads}
-    interleaved = (
-        {}
-        if config.architecture == "qwen2"
-        else {NAMES[field].format(layer): count for field, count in heads.items() for layer in range(config.layers)}
-    )
+    # qwen2 is stored as it is; of llama, q and k, weights and biases, in ggml's rotary order
+    heads = {} if config.architecture == "qwen2" else {"attn_q": config.q_heads, "attn_k": config.kv_heads}
     tensors = {}
     for name, location in header.tensors.items():
-        read = functools.partial(_dequantise, header.data, location, interleaved.get(name))
+        part = name.rsplit(".", 2)[-2:][0]  # attn_q of blk.0.attn_q.weight
+        read = functools.partial(_dequantise, header.data, location, heads.get(part))
         tensors[name] = Stored(location.shape, read)
     tensors.pop(ROPE_FACTORS, None)  # went into config.rope
     return Checkpoint(
@@ -110,7 +107,7 @@ def parse_config(header: Header, origin: str) -> Config:
 def _number(metadata: dict, origin: str, architecture: str, key: str, kind: type = int, *, default=None):
     key = f"{architecture}.{key}"
     value = metadata.get(key, default)
-    if not isinstance(value, int | float):
+    if not isinstance(value, int if kind is int else int | float):
         raise ValueError(f"{origin}: its metadata has {key}={value!r}; wanted a number.")
     return kind(value)
 

@@ -107,7 +107,7 @@ def _sentencepiece(tokens: list[str], scores: list[float], kinds: list[int], add
     vocab = {token: i for i, token in enumerate(tokens)}
     joined = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
     merges = [
-        (-scores[vocab[token]], -i, token[:i], token[i:])
+        (-scores[vocab[token]], -i, token[:i], token[i:])  # of one token's, the longer left part first
         for token in joined
         for i in range(1, len(token))
         if token[:i] in joined and token[i:] in joined

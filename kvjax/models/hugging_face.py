@@ -73,9 +73,9 @@ def parse_config(raw: dict, origin: str) -> Config:
     if raw.get("mlp_bias"):
         raise ValueError(f"{origin}: mlp_bias=true is not supported; only q, k and v may have biases.")
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
         raise ValueError(
-            f"{origin}: the weights are quantised ({method!r}). Pass the original in f32, f16 or bf16, or a GGUF file."
+            f"{origin}: the weights are quantised ({raw['quantization_config']}). Pass the original in f32, f16 or "
+            f"bf16, or a GGUF file."
         )
     number = functools.partial(_number, raw, origin)
     q_heads, layers, width = number("num_attention_heads"), number("num_hidden_layers"), number("hidden_size")
@@ -98,13 +98,15 @@ def parse_config(raw: dict, origin: str) -> Config:
 def _number(raw: dict, origin: str, key: str, kind: type = int, *, default=None):
     """`raw[key]`, or the default where it is missing or null; an error where that is None too."""
     value = default if raw.get(key) is None else raw[key]
-    if not isinstance(value, int | float):
+    if not isinstance(value, int if kind is int else int | float):
         raise ValueError(f"{origin}: config.json has {key}={value!r}; wanted a number. Fetch the file again.")
     return kind(value)
 
 
 def _parse_rope(raw: dict, origin: str) -> Rope:
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, and before
+    if not isinstance(given, dict):
+        raise ValueError(f"{origin}: config.json has a rope scaling of {given!r}; wanted an object.")
     number = functools.partial(_number, {**raw, **given}, origin)
     base = number("rope_theta", float, default=10000.0)
     if number("partial_rotary_factor", float, default=1.0) != 1.0:
@@ -129,19 +131,21 @@ def _parse_rope(raw: dict, origin: str) -> Rope:
 
 
 def _parse_window(raw: dict, architecture: str, layers: int, origin: str) -> int | None:
-    window = raw.get("sliding_window")
-    if architecture == "llama" or not window or not raw.get("use_sliding_window", architecture == "mistral"):
+    # where the key is missing, transformers takes 4096
+    window = _number({"sliding_window": 4096, **raw}, origin, "sliding_window", default=0)
+    slides = architecture == "mistral" or (architecture == "qwen2" and raw.get("use_sliding_window"))
+    if not window or not slides:
         return None
     # Qwen2 lets only the layers from `max_window_layers` on slide; transformers 5 spells them out
-    first = raw.get("max_window_layers", 0) if architecture == "qwen2" else 0
-    kinds = raw.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    sliding = sum(kind == "sliding_attention" for kind in kinds[:layers])
+    first = _number(raw, origin, "max_window_layers", default=0) if architecture == "qwen2" else 0
+    kinds = raw.get("layer_types")
+    sliding = kinds.count("sliding_attention") if isinstance(kinds, list) else max(layers - first, 0)
     if sliding not in (0, layers):
         raise ValueError(
             f"{origin}: {sliding} of {layers} layers have a sliding window; wanted all or none, since a Config has "
             f"one window. Set use_sliding_window to false in config.json to let every layer see all."
         )
-    return int(window) if sliding else None
+    return window if sliding else None
 
 
 def _open_safetensors(path: Path) -> dict[str, Stored]:
@@ -174,7 +178,10 @@ def _weight_files(path: Path) -> list[Path]:
                 f"where you trust it: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new)."
             )
         raise ValueError(f"{path} has no model.safetensors and no model.safetensors.index.json.")
-    shards = [path / name for name in sorted(set(index.get("weight_map", {}).values()))]
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path}: model.safetensors.index.json has no weight_map of names. Fetch it again.")
+    shards = [path / name for name in sorted(set(names.values()))]
     for shard in shards:
         if not shard.exists():
             raise ValueError(f"{path}: the index names {shard.name}, which is not there. Fetch it.")
@@ -186,11 +193,14 @@ def _read_text(path: Path, config: dict) -> Text:
     specials = {**(_read_json(path / "special_tokens_map.json") or {}), **said}
     bos, eos = (_token_text(specials.get(key)) for key in ("bos_token", "eos_token"))
     tokenizer = _read_tokenizer(path / "tokenizer.json")
-    generation = _read_json(path / "generation_config.json") or {}
-    stops = {*_as_list(config.get("eos_token_id")), *_as_list(generation.get("eos_token_id"))}
-    if tokenizer is not None and eos is not None:
-        stops.update(_as_list(tokenizer.token_to_id(eos)))
-    return Text(tokenizer, _read_template(path, said), tuple(sorted(stops)), bos, eos)
+    stops = [] if tokenizer is None or eos is None else [tokenizer.token_to_id(eos)]
+    for said_by in (config, _read_json(path / "generation_config.json") or {}):
+        ids = said_by.get("eos_token_id")
+        stops += ids if isinstance(ids, list) else [ids]
+    stops = [stop for stop in stops if stop is not None]
+    if not all(isinstance(stop, int) for stop in stops):
+        raise ValueError(f"{path}: an eos_token_id among {stops} is no number. Fetch its config files again.")
+    return Text(tokenizer, _read_template(path, said), tuple(sorted(set(stops))), bos, eos)
 
 
 def _read_tokenizer(file: Path):
@@ -213,18 +223,14 @@ def _read_template(path: Path, said: dict) -> str | None:
         return file.read_text(encoding="utf-8")
     template = said.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
 
 
 def _token_text(token) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _as_list(ids) -> list[int]:
-    if ids is None:
-        return []
-    return ids if isinstance(ids, list) else [ids]
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _read_json(file: Path):

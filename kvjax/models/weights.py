@@ -88,6 +88,8 @@ class Model:
             raise ValueError("chat: this checkpoint has no chat template. Give its text to `encode` as it is.")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
+            raise ValueError(f"chat: messages={messages!r}; wanted at least one {{'role': ..., 'content': ...}}.")
         return render(
             self.chat_template,
             messages,

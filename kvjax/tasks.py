@@ -1,0 +1,123 @@
+"""Tasks that need no download: facts hidden in prose, and prose to be predicted.
+
+The prose is that of Python's own documentation (`pydoc_data.topics`), so another version of Python gives other text.
+Templates, questions and the rule of scoring are frozen here; the context is always compressed before a question.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+CITIES = "Lisbon Oslo Cairo Lima Quito Hanoi Dublin Athens Nairobi Havana Warsaw Ankara".split()
+NAMES = "Martha Edgar Sylvia Victor Helena Oscar Irene Walter Clara Hugo Nora Felix".split()
+OBJECTS = "compass lantern violin telescope umbrella teapot necklace hammer camera ladder basket trumpet".split()
+COLOURS = "purple orange yellow silver green crimson white brown golden pink turquoise black".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of fact: the sentence that hides it and the question that asks for it, with {key} and {answer}."""
+
+    name: str
+    sentence: str
+    question: str
+    keys: tuple[str, ...]
+    answers: tuple[str, ...] | None   # None: seven-digit numbers
+
+
+KINDS = (
+    Kind("number", "The secret code of {key} is {answer}.", "What is the secret code of {key}?", tuple(CITIES), None),
+    Kind("name", "The mayor of {key} is called {answer}.", "What is the mayor of {key} called?",
+         tuple(CITIES), tuple(NAMES)),
+    Kind("colour", "The {key} in the museum is painted {answer}.", "What colour is the {key} in the museum?",
+         tuple(OBJECTS), tuple(COLOURS)),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question about a context, and what the answer must contain."""
+
+    kind: str
+    text: str
+    answer: str
+
+    def score(self, said: str) -> float:
+        """1.0 if the answer is in what was said, ignoring case and the separators of digits; else 0.0."""
+        plain = re.sub(r"(?<=\d)[ ,.](?=\d)", "", said).lower()
+        return float(re.search(rf"\b{re.escape(self.answer.lower())}\b", plain) is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A text with facts hidden in it, and its questions."""
+
+    text: str
+    questions: tuple[Question, ...]
+
+
+def prose() -> list[str]:
+    """Sentences of real English, in order, without code or markup."""
+    from pydoc_data.topics import topics  # late: half a megabyte
+
+    found = []
+    for name in sorted(topics):
+        for paragraph in topics[name].split("\n\n"):
+            flat = " ".join(paragraph.split())
+            if paragraph.startswith((" ", ">>>")) or "::" in flat or not re.match(r"[A-Z].*[.]$", flat):
+                continue
+            flat = re.sub(r"[*`|_]|\[\d+\]", "", flat)
+            found += re.split(r"(?<=[.]) (?=[A-Z])", flat)
+    return [sentence for sentence in found if 40 <= len(sentence) <= 300]
+
+
+def fact_contexts(count_tokens, *, contexts: int, tokens: int, per_kind: int, seed: int) -> Iterator[Context]:
+    """Contexts of prose of at most `tokens` tokens, with `per_kind` facts of each kind hidden at random places.
+
+    Args:
+      count_tokens: Text to its number of tokens.
+      contexts: How many.
+      tokens: Longest context.
+      per_kind: Facts, and questions, of each kind in a context.
+      seed: Of facts, places and prose.
+    """
+    sentences = prose()
+    for i in range(contexts):
+        rng = np.random.default_rng([seed, i])
+        facts, questions = [], []
+        for kind in KINDS:
+            keys = rng.choice(kind.keys, per_kind, replace=False)
+            if kind.answers is None:
+                answers = rng.integers(1_000_000, 10_000_000, per_kind).astype(str)
+            else:
+                answers = rng.choice(kind.answers, per_kind, replace=False)
+            for key, answer in zip(keys, answers, strict=True):
+                facts.append(kind.sentence.format(key=key, answer=answer))
+                questions.append(Question(kind.name, kind.question.format(key=key), str(answer)))
+        start = int(rng.integers(len(sentences) - tokens // 4))
+        left = tokens - count_tokens(" ".join(facts)) - len(facts)
+        filler = []
+        while (left := left - count_tokens(" " + sentences[start + len(filler)])) >= 0:
+            filler.append(sentences[start + len(filler)])
+        places = np.sort(rng.choice(len(filler), len(facts), replace=False))
+        shuffled = rng.permutation(len(facts))
+        for place, fact in zip(places[::-1], shuffled, strict=True):
+            filler.insert(place, facts[fact])
+        yield Context(" ".join(filler), tuple(questions))
+
+
+def prose_rows(encode, *, rows: int, tokens: int, seed: int) -> np.ndarray:
+    """Token ids i32[rows, tokens] of real prose, from different places.
+
+    Args:
+      encode: Text to a list of token ids.
+      rows: How many.
+      tokens: Length of each.
+      seed: Of the places.
+    """
+    sentences = prose()
+    places = np.random.default_rng([seed, 10**6]).choice(len(sentences) - tokens // 4, rows, replace=False)
+    texts = (" ".join(sentences[place : place + tokens // 4]) for place in places)
+    return np.array([encode(text)[:tokens] for text in texts], np.int32)
