@@ -99,7 +99,7 @@ def prefill(
         positions = jnp.where(positions < lengths[:, None], start[:, None] + positions, FREE)
         x = _embed(params, tokens[:, at : at + chunk])
         for i, block in enumerate(params.blocks):
-            x, layers[i] = _layer(block, x, layers[i], positions, i, policy, params.config, capacities[i])
+            x, layers[i] = run_layer(block, x, layers[i], positions, i, policy, params.config, capacities[i])
         last = _keep_last(last, x, lengths - 1 - at)
     return _logits(params, last), Cache(tuple(layers), start + lengths, policy, params.config)
 
@@ -127,21 +127,21 @@ def step(params: Params, policy: Policy, token: jax.Array, cache: Cache) -> tupl
         raise ValueError(f"step: token has shape {token.shape}, and must be i32[B], one a row. See prefill for more.")
     check_cache(params, policy, cache, token.shape[0])
     check_free_slot(policy, cache)
-    return _step(params, policy, token, cache)
+    return step_with(run_layer, params, policy, token, cache)
 
 
-def _step(params, policy, token, cache):
+def step_with(layer_program: Callable, params: Params, policy: Policy, token: jax.Array, cache: Cache):
+    """`step` with a choice of the program that runs each layer: `run_layer`, or `run_layer_in_place`."""
     active = token >= 0
     positions = jnp.where(active, cache.length, FREE)[:, None]
     x = _embed(params, token[:, None])
     layers = []
     for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
-        x, layer = _layer(block, x, layer, positions, i, policy, params.config, layer.slots)
+        x, layer = layer_program(block, x, layer, positions, i, policy, params.config, layer.slots)
         layers.append(layer)
     return _logits(params, x[:, 0]), Cache(tuple(layers), cache.length + active, policy, params.config)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def _layer(
     block: Block,
     x: jax.Array,
@@ -169,6 +169,8 @@ def _layer(
     return llama.finish(block, x, attended, config), cache
 
 
+run_layer = jax.jit(_layer, static_argnames=("config", "capacity"))
+run_layer_in_place = jax.jit(_layer, static_argnames=("config", "capacity"), donate_argnames="cache")
 _embed = jax.jit(llama.embed)
 _logits = jax.jit(llama.logits)
 _resize = jax.jit(resize, static_argnames="capacity")
@@ -271,7 +273,7 @@ def _burst(params: Params, policy: Policy, state: _State, limit: int, draw: Draw
         token = sample(logits, draw, keys, cache.length)
         alive &= ~jnp.isin(token, stop)
         token = jnp.where(alive, token, -1)
-        new_logits, cache = _step(params, policy, token, cache)
+        new_logits, cache = step_with(run_layer, params, policy, token, cache)
         state = _State(cache, jnp.where(alive[:, None], new_logits, logits), alive, keys)
         return made + 1, state, tokens.at[:, made].set(token)
 

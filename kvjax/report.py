@@ -37,7 +37,7 @@ class Report:
             [
                 self.policy,
                 *rows,
-                f"{'total':<12}{self.total:>14,} B   {self.total / self.full:.1%} of a full cache of {self.tokens} tokens",
+                f"{'total':<12}{self.total:>14,} B   {self.total / self.full:.1%} of full at {self.tokens} tokens",
                 f"{'occupancy':<12}{self.used:>14,} of {self.slots:,} slots ({self.used / max(self.slots, 1):.1%})",
             ]
         )

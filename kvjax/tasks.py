@@ -11,9 +11,17 @@ from collections.abc import Iterator
 import numpy as np
 
 CITIES = "Lisbon Oslo Cairo Lima Quito Hanoi Dublin Athens Nairobi Havana Warsaw Ankara".split()
+TOWNS = "Bristol Leeds Toledo Verona Lucerne Bergen Odessa Mobile Tampa Austin Boston Denver".split()
 NAMES = "Martha Edgar Sylvia Victor Helena Oscar Irene Walter Clara Hugo Nora Felix".split()
-OBJECTS = "compass lantern violin telescope umbrella teapot necklace hammer camera ladder basket trumpet".split()
-COLOURS = "purple orange yellow silver green crimson white brown golden pink turquoise black".split()
+PORTS = "Genoa Hamburg Kobe Perth Durban Malaga Antwerp Bilbao Mumbai Naples Seattle Tangier".split()
+WORDS = [
+    f"{a} {b}"
+    for a, b in zip(
+        "silver purple golden yellow orange crimson green white black brown copper pink".split(),
+        "tiger rabbit eagle dolphin spider turtle monkey camel beaver lizard falcon otter".split(),
+        strict=True,
+    )
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +32,14 @@ class Kind:
     sentence: str
     question: str
     keys: tuple[str, ...]
-    answers: tuple[str, ...] | None   # None: seven-digit numbers
+    answers: tuple[str, ...] | None  # None: seven-digit numbers
 
 
 KINDS = (
     Kind("number", "The secret code of {key} is {answer}.", "What is the secret code of {key}?", tuple(CITIES), None),
     Kind("name", "The mayor of {key} is called {answer}.", "What is the mayor of {key} called?",
-         tuple(CITIES), tuple(NAMES)),
-    Kind("colour", "The {key} in the museum is painted {answer}.", "What colour is the {key} in the museum?",
-         tuple(OBJECTS), tuple(COLOURS)),
+         tuple(TOWNS), tuple(NAMES)),
+    Kind("words", "The password of {key} is {answer}.", "What is the password of {key}?", tuple(PORTS), tuple(WORDS)),
 )  # fmt: skip
 
 

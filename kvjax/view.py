@@ -8,11 +8,8 @@ import base64
 import html
 import importlib.resources
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -73,17 +70,3 @@ def _embed(data: object) -> str:
     """JSON that may stand inside a script element: without `<`, `>` and `&` no tag can open or close there."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def write(path: str | os.PathLike[str], html: str) -> None:
-    """Writes the page aside, then renames it to `path`, so that no reader ever finds half of it."""
-    path = Path(path)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(html)
-        os.chmod(aside, 0o644)  # mkstemp's files are private
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise

@@ -1,9 +1,5 @@
 """Every method against its float64 oracle: outputs and kept positions, call by call, in a batch of uneven rows."""
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,54 +9,9 @@ from numpy.testing import assert_allclose
 import kvjax
 from kvjax import policies
 from kvjax.policies.random import _mix
-from tests.oracles import full, h2o, keydiff, random_eviction, snapkv, streaming_llm, tova
+from tests.methods import every_method, kept_positions
 
 Q_HEADS, KV_HEADS, HEAD_DIM, BASE = 6, 2, 8, 100.0  # a small base: rotations matter within a few tokens
-
-
-def draws(seed: int, count: int, layer: int = 0) -> np.ndarray:
-    """The documented draw of `random`, in plain integers: [H, count]."""
-
-    def mix(x):
-        x = (x + 0x9E3779B9) % 2**32
-        x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
-        x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
-        return x ^ (x >> 16)
-
-    def draw(head, pos):
-        return mix(mix(pos) ^ mix(mix(seed ^ mix(layer)) ^ head)) >> 8
-
-    return np.array([[draw(head, pos) for pos in range(count)] for head in range(KV_HEADS)], dtype=np.float64)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A method in the shared table: how to make it with a budget, and the oracle's `run` with the same settings."""
-
-    make: Callable[[int], kvjax.Policy]
-    oracle: Callable[..., Any]
-
-
-POLICIES = {
-    "full": Row(lambda budget: policies.full(), lambda budget, **kw: full.run(**kw)),
-    "streaming_llm": Row(
-        lambda budget: policies.streaming_llm(budget, sinks=2),
-        lambda budget, **kw: streaming_llm.run(budget=budget, sinks=2, **kw),
-    ),
-    "h2o": Row(
-        lambda budget: policies.h2o(budget, window=4), lambda budget, **kw: h2o.run(budget=budget, window=4, **kw)
-    ),
-    "snapkv": Row(
-        lambda budget: policies.snapkv(budget, window=4, pool=3),
-        lambda budget, **kw: snapkv.run(budget=budget, window=4, pool=3, **kw),
-    ),
-    "tova": Row(policies.tova, lambda budget, **kw: tova.run(budget=budget, **kw)),
-    "keydiff": Row(policies.keydiff, lambda budget, **kw: keydiff.run(budget=budget, **kw)),
-    "random": Row(
-        lambda budget: policies.random(budget, seed=7),
-        lambda budget, **kw: random_eviction.run(budget=budget, scores=draws(7, len(kw["q"])), **kw),
-    ),
-}
 
 
 def streams(rows: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -93,10 +44,6 @@ def run_kvjax(policy, q, k, v, prompts, calls):
         yield np.asarray(out), cache
 
 
-def kept_positions(cache, row):
-    return [sorted(int(p) for p in head if p >= 0) for head in np.asarray(cache.pos)[row]]
-
-
 CALLS = {
     "decode": ((20, 13, 3), (1,) * 30),
     "chunks": ((8, 5, 8), (8, 8, 5) + (1,) * 10),
@@ -105,7 +52,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("row", POLICIES.values(), ids=POLICIES)
+@every_method
 def test_outputs_and_kept_positions_are_those_of_the_oracle(row, calls):
     budget, (prompts, rest) = 10, calls
     q, k, v = streams(len(prompts), max(prompts) + sum(rest), seed=3)

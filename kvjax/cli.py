@@ -1,0 +1,245 @@
+"""The command `kvjax`."""
+
+import contextlib
+import inspect
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option(help="smollm2, a Hugging Face directory, a .gguf file or a name on the hub.")]
+DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+PolicyOption = Annotated[str, typer.Option(help="A method: full, streaming_llm, h2o, snapkv, tova, keydiff, random.")]
+BudgetOption = Annotated[int | None, typer.Option(help="Slots that each head may keep.")]
+WindowOption = Annotated[int | None, typer.Option(help="Newest tokens that always stay (h2o, snapkv).")]
+SinksOption = Annotated[int | None, typer.Option(help="First tokens that always stay (streaming_llm).")]
+PoolOption = Annotated[int | None, typer.Option(help="Neighbours that share their votes (snapkv).")]
+FileOption = Annotated[Path | None, typer.Option("--file", help="Read the prompt from a UTF-8 file instead.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the user says; the model's chat template goes around it.")] = "",
+    file: FileOption = None,
+    model: ModelOption = "smollm2",
+    dtype: DtypeOption = "float32",
+    policy: PolicyOption = "full",
+    budget: BudgetOption = None,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    pool: PoolOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the answer at most.")] = 128,
+    chunk: Annotated[int | None, typer.Option(help="Read the prompt this many tokens at a time.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the likeliest tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this probability only.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Answers a prompt as it goes, and ends with a line of bytes and tokens/s."""
+    import kvjax
+
+    with _errors():
+        chosen = _policy(policy, budget=budget, window=window, sinks=sinks, pool=pool)
+        text = _prompt(prompt, file)
+        loaded = _load(model, dtype)
+        tokens, lengths = _encode(loaded, text)
+        said, times, shown = [], [time.perf_counter()], ""
+
+        def show(new):
+            nonlocal shown
+            times.append(time.perf_counter())
+            said.append(int(new[0]))
+            whole = loaded.decode(said)
+            if not whole.endswith("\ufffd"):  # a character may come in several tokens
+                sys.stdout.write(whole[len(shown) :])
+                sys.stdout.flush()
+                shown = whole
+
+        with console.status(f"reading {int(lengths[0])} tokens (the first call compiles)") as status:
+            out = kvjax.decode(
+                loaded.params, chosen, tokens, lengths=lengths, max_new_tokens=max_new_tokens, chunk=chunk,
+                stop=loaded.stop_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=seed,
+                on_token=lambda new: (status.stop(), show(new)),
+            )  # fmt: skip
+        print(loaded.decode(said)[len(shown) :])
+        held = kvjax.report(out.cache)
+        speed = f"{(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else "too short to time"
+        console.print(
+            f"{chosen}: {held.total / 2**20:.2f} MiB of cache, {held.total / held.full:.1%} of a full one of "
+            f"{held.tokens} tokens; {speed} after the first",
+            style="dim",
+            highlight=False,
+        )
+
+
+@app.command()
+def compare(
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; all is every one.")] = "all",
+    model: ModelOption = "smollm2",
+    dtype: DtypeOption = "float32",
+    tokens: Annotated[int, typer.Option(help="Tokens of a context.")] = 1000,
+    budgets: Annotated[str, typer.Option(help="Fractions of the context, separated by commas.")] = "1/2,1/4,1/8",
+    contexts: Annotated[int, typer.Option(help="Contexts with hidden facts.")] = 4,
+    per_kind: Annotated[int, typer.Option(help="Facts of each kind in a context; each is asked for.")] = 2,
+    prose: Annotated[int, typer.Option(help="Rows of prose for KL and top-1 agreement.")] = 4,
+    forced: Annotated[int, typer.Option(help="Tokens predicted on each row of prose.")] = 32,
+    group: Annotated[int, typer.Option(help="Rows read at once; more need more memory.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of facts, places and prose.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for compare.md, compare.csv and compare.png.")] = Path("out"),
+) -> None:
+    """Measures methods side by side on one model: facts found, agreement on prose, bytes, speed."""
+    from fractions import Fraction
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from kvjax import compare as comparing
+    from kvjax import tables
+    from kvjax.files import write_whole
+
+    with _errors():
+        try:
+            fractions = tuple(float(Fraction(part)) for part in budgets.split(","))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"compare: budgets={budgets!r} must be fractions such as 1/2,1/4,1/8.") from None
+        names = list(comparing.AT_BUDGET) if methods == "all" else methods.split(",")
+        size = comparing.Size(tokens, fractions, contexts, per_kind, prose, forced, group, seed)
+        comparing.plan(names, size)  # refuses what cannot be done before anything is loaded
+        out.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        loaded = _load(model, dtype)
+        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("reading")
+            rows = comparing.compare(
+                loaded,
+                names,
+                size,
+                lambda what, done, steps: progress.update(bar, description=what, completed=done, total=steps),
+            )
+        questions = contexts * per_kind
+        title = (
+            f"{model}, {dtype}: contexts of {tokens} tokens, compressed before the question; n = {questions} a kind, "
+            f"{prose} x {forced} tokens of prose, seed {seed}"
+        )
+        table = Table(*tables.header(rows), title=title, title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*tables.cells(row))
+        Console(width=None if sys.stdout.isatty() else 150).print(table)
+        write_whole(out / "compare.md", f"{title}\n\n{tables.markdown(rows)}")
+        write_whole(out / "compare.csv", tables.comma_separated(rows))
+        written = ["compare.md", "compare.csv"]
+        try:
+            write_whole(out / "compare.png", tables.picture(rows, title))
+            written.append("compare.png")
+        except ModuleNotFoundError as error:
+            console.print(f"no picture: {error}. pip install 'kvjax[plot]'", style="yellow")
+        seconds = time.perf_counter() - started
+        print(f"{', '.join(str(out / name) for name in written)} written after {seconds:.0f} s")
+
+
+@app.command()
+def view(
+    prompt: Annotated[str, typer.Argument(help="What the user says; the model's chat template goes around it.")] = "",
+    file: FileOption = None,
+    model: ModelOption = "smollm2",
+    dtype: DtypeOption = "float32",
+    policy: PolicyOption = "h2o",
+    budget: BudgetOption = None,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    pool: PoolOption = None,
+    chunk: Annotated[int | None, typer.Option(help="Read the prompt this many tokens at a time.")] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("out/view.html"),
+) -> None:
+    """Writes a page that shows which tokens of the prompt each layer and head keeps."""
+    import kvjax
+    from kvjax import view as viewing
+    from kvjax.files import write_whole
+
+    with _errors():
+        chosen = _policy(policy, budget=budget, window=window, sinks=sinks, pool=pool)
+        text = _prompt(prompt, file)
+        loaded = _load(model, dtype)
+        tokens, lengths = _encode(loaded, text)
+        with console.status(f"reading {int(lengths[0])} tokens (the first call compiles)"):
+            _, cache = kvjax.prefill(loaded.params, chosen, tokens, lengths=lengths, chunk=chunk)
+            kept = viewing.kept(cache)
+        words = [loaded.tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens[0]]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, viewing.page(words, kept, title=str(chosen), subtitle=f"{model}, {len(words)} tokens"))
+        print(f"{out} written: {chosen} keeps {kept.mean():.1%} of {len(words)} tokens")
+
+
+@contextlib.contextmanager
+def _errors():
+    """What the user got wrong is said in a line, with exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        console.print(f"kvjax: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _policy(name: str, **settings):
+    """The policy called `name`, with the settings that were given."""
+    from kvjax import policies
+
+    if name not in policies.__all__:
+        raise ValueError(f"there is no method {name!r}; there are {', '.join(policies.__all__)}.")
+    make = getattr(policies, name)
+    takes = inspect.signature(make).parameters
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key in given:
+        if key not in takes:
+            raise ValueError(
+                f"{name} takes no --{key}; it takes {', '.join(f'--{one}' for one in takes) or 'nothing'}."
+            )
+    missing = [key for key, one in takes.items() if one.default is one.empty and key not in given]
+    if missing:
+        raise ValueError(f"{name} needs {' and '.join(f'--{one}' for one in missing)}.")
+    return make(**given)
+
+
+def _prompt(prompt: str, file: Path | None) -> str:
+    if bool(prompt) == bool(file):
+        raise ValueError("give a prompt or --file, one of them.")
+    if file is None:
+        return prompt
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}. Convert it, for example with iconv -t UTF-8.") from None
+    if not text.strip():
+        raise ValueError(f"{file} is empty.")
+    return text
+
+
+def _load(name: str, dtype: str):
+    import jax
+
+    import kvjax
+
+    # Programs are kept between runs: an unrolled decode step of 30 layers takes seconds to compile.
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "kvjax" / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    with console.status(f"loading {name}"):
+        return kvjax.load(name, dtype=dtype)
+
+
+def _encode(model, text: str):
+    """The prompt in the model's chat template, if it has one."""
+    if model.chat_template is None:
+        return model.encode([text])
+    return model.encode([model.chat(text)], add_special_tokens=False)

@@ -1,0 +1,307 @@
+"""Methods side by side on one model: facts found, agreement on prose, bytes, speed.
+
+Every policy meets the same keys and values: one prefill computes them, and each policy compresses its own copy, layer
+by layer, before any question is known. Layers run as programs of their own, so that a policy costs a second of
+compilation and not ten.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import policies, tasks
+from kvjax.cache import Cache, LayerShape
+from kvjax.decoding import prefill, run_layer_in_place, step_with
+from kvjax.models.llama import Params
+from kvjax.models.weights import Model
+from kvjax.policy import Policy
+from kvjax.report import report
+
+AT_BUDGET: dict[str, Callable[[int], Policy]] = {
+    "full": lambda budget: policies.full(),
+    "streaming_llm": lambda budget: policies.streaming_llm(budget),
+    "h2o": lambda budget: policies.h2o(budget, window=budget // 2),
+    "snapkv": lambda budget: policies.snapkv(budget, window=min(64, budget // 2)),
+    "tova": lambda budget: policies.tova(budget),
+    "keydiff": lambda budget: policies.keydiff(budget),
+    "random": lambda budget: policies.random(budget),
+}
+PROMPT = "Read this text and remember it.\n\n{context}\n\n"
+ANSWER_TOKENS = 18  # "The secret code of Nairobi is 1234567" and a little more
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is measured. The default ends within minutes on two CPU cores; more of anything is less noise.
+
+    Attributes:
+      tokens: Tokens of a context, about.
+      fractions: Budgets, as fractions of `tokens`.
+      contexts: Contexts with hidden facts.
+      per_kind: Facts, and questions, of each kind in a context.
+      prose: Rows of prose.
+      forced: Tokens of each that are predicted with the compressed cache.
+      group: Rows that are read at once.
+      seed: Of facts, places and prose.
+    """
+
+    tokens: int = 1000
+    fractions: tuple[float, ...] = (1 / 2, 1 / 4, 1 / 8)
+    contexts: int = 4
+    per_kind: int = 2
+    prose: int = 4
+    forced: int = 32
+    group: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.contexts % self.group or self.prose % self.group:
+            raise ValueError(
+                f"compare: contexts={self.contexts} and prose={self.prose} must be multiples of group={self.group}, "
+                f"the rows that are read at once."
+            )
+        if not all(0 < fraction <= 1 for fraction in self.fractions):
+            raise ValueError(f"compare: fractions={self.fractions} must be above 0 and at most 1.")
+
+
+@dataclasses.dataclass
+class Row:
+    """A line of the table: a method at a budget.
+
+    Attributes:
+      method: Its name.
+      budget: Slots a head; the context's tokens for `full`.
+      policy: The policy.
+      scores: Share of the questions answered, by kind of fact.
+      kl: Mean KL(full || compressed) over the tokens of prose, in nats.
+      top1: Share of the tokens of prose at which both find the same likeliest token.
+      bytes: Of the cache of one context, once compressed.
+      share: The same, of a full cache.
+      prefill_speed: Prompt tokens per second, one row.
+      decode_speed: Tokens per second, `Size.group` rows together.
+    """
+
+    method: str
+    budget: int
+    policy: Policy
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    kl: float = 0.0
+    top1: float = 1.0
+    bytes: float = 0.0
+    share: float = 1.0
+    prefill_speed: float = 0.0
+    decode_speed: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """Mean of the scores."""
+        return float(np.mean(list(self.scores.values())))
+
+
+def compare(
+    model: Model, methods: Sequence[str], size: Size, advance: Callable[[str, int, int], None] = lambda *_: None
+) -> list[Row]:
+    """Measures `methods`, `full` before all others, and returns a row for each method and budget.
+
+    Args:
+      model: The model.
+      methods: Names, of `AT_BUDGET`.
+      size: How much is measured.
+      advance: Called with (what is being done, steps done, steps in all).
+
+    Raises:
+      ValueError: If a method has no such name, or a budget is too small for it.
+    """
+    rows = plan(methods, size)
+    speeds = {row.method for row in rows}
+    groups = (size.contexts + size.prose) // size.group
+    steps = groups * (len(rows) + 2) + len(speeds)
+    done = iter(range(1, steps + 1))
+
+    def tick(what):
+        advance(what, next(done), steps)
+
+    _measure_facts(model, rows, size, tick)
+    _measure_prose(model, rows, size, tick)
+    _measure_prefill(model, rows, size, tick)
+    return rows
+
+
+def plan(methods: Sequence[str], size: Size) -> list[Row]:
+    """The rows that are to be measured, `full` first. Raises ValueError as `compare` does."""
+    unknown = [name for name in methods if name not in AT_BUDGET]
+    if unknown:
+        raise ValueError(f"compare: there is no method {unknown[0]!r}; there are {', '.join(AT_BUDGET)}.")
+    budgets = [round(size.tokens * fraction) for fraction in size.fractions]
+    rows = [Row("full", size.tokens, policies.full())]
+    return rows + [
+        Row(name, budget, AT_BUDGET[name](budget)) for name in methods if name != "full" for budget in budgets
+    ]
+
+
+def _measure_facts(model: Model, rows: list[Row], size: Size, tick) -> None:
+    def encode(text):
+        return model.tokenizer.encode(text, add_special_tokens=False).ids
+
+    before, after = _frame(model)
+    contexts = list(
+        tasks.fact_contexts(
+            lambda text: len(encode(text)),
+            contexts=size.contexts,
+            tokens=size.tokens - len(encode(before + PROMPT)),
+            per_kind=size.per_kind,
+            seed=size.seed,
+        )
+    )
+    prompts, lengths = model.encode(
+        [before + PROMPT.format(context=context.text) for context in contexts], add_special_tokens=False
+    )
+    asked, asked_lengths = model.encode(
+        [question.text + after for context in contexts for question in context.questions], add_special_tokens=False
+    )
+    each = len(contexts[0].questions)
+    found = {id(row): {} for row in rows}
+    for at in range(0, size.contexts, size.group):
+        group = slice(at, at + size.group)
+        questions = [question for context in contexts[group] for question in context.questions]
+        some = slice(at * each, (at + size.group) * each)
+        for row, (_, cache) in _compressed(model.params, rows, prompts[group], lengths[group], tick):
+            held = report(cache)
+            row.bytes, row.share = held.total / size.group, held.total / held.full
+            cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, each, axis=0) if leaf.ndim else leaf, cache)
+            answers = _answer(model, row.policy, cache, asked[some], asked_lengths[some])
+            for question, said in zip(questions, answers, strict=True):
+                found[id(row)].setdefault(question.kind, []).append(question.score(said))
+            tick(f"facts: {row.policy}")
+    for row in rows:
+        row.scores = {kind: float(np.mean(scores)) for kind, scores in found[id(row)].items()}
+
+
+def _frame(model: Model) -> tuple[str, str]:
+    """What stands before and after a user's message in the model's chat template."""
+    if model.chat_template is None:
+        return "", "\nAnswer:"
+    before, after = model.chat("\0").split("\0")
+    return before, after
+
+
+def _answer(model: Model, policy: Policy, cache: Cache, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+    """Reads a question a row and answers it, greedily."""
+    logits, cache = prefill(model.params, policy, tokens, lengths=lengths, cache=cache, room=ANSWER_TOKENS)
+    said = [[] for _ in lengths]
+    alive = np.ones(len(lengths), bool)
+    for _ in range(ANSWER_TOKENS):
+        token = np.asarray(jnp.argmax(logits, axis=-1))
+        alive &= ~np.isin(token, model.stop_tokens)
+        if not alive.any():
+            break
+        for answer, one, going in zip(said, token, alive, strict=True):
+            answer.extend([one] if going else [])
+        token = jnp.asarray(np.where(alive, token, -1), jnp.int32)
+        logits, cache = step_with(run_layer_in_place, model.params, policy, token, cache)
+    return [model.decode(answer) for answer in said]
+
+
+def _measure_prose(model: Model, rows: list[Row], size: Size, tick) -> None:
+    def encode(text):
+        return model.tokenizer.encode(text, add_special_tokens=False).ids
+
+    texts = tasks.prose_rows(encode, rows=size.prose, tokens=size.tokens + size.forced, seed=size.seed)
+    kl, top1, seconds = ({id(row): [] for row in rows} for _ in range(3))
+    for at in range(0, size.prose, size.group):
+        text = texts[at : at + size.group]
+        reference = None
+        prompts, lengths = text[:, : size.tokens], np.full(size.group, size.tokens, np.int32)
+        for row, (logits, cache) in _compressed(model.params, rows, prompts, lengths, tick, room=size.forced):
+            said, took = _force(model.params, row.policy, logits, cache, text[:, size.tokens :])
+            reference = said if reference is None else reference  # `full` is the first row
+            divergence, same = _agreement(reference, said)
+            kl[id(row)].append(float(divergence))
+            top1[id(row)].append(float(same))
+            seconds[id(row)] += took
+            tick(f"prose: {row.policy}")
+    for row in rows:
+        row.kl, row.top1 = float(np.mean(kl[id(row)])), float(np.mean(top1[id(row)]))
+        row.decode_speed = size.group / float(np.median(seconds[id(row)]))
+
+
+def _force(params, policy, logits, cache, tokens) -> tuple[jax.Array, list[float]]:
+    """Logits f32[forced, B, V] that predict `tokens` i32[B, forced], and the seconds of each step but the first two."""
+    said, seconds = [logits], []
+    for token in tokens.T[:-1]:
+        start = time.perf_counter()
+        logits, cache = step_with(run_layer_in_place, params, policy, jnp.asarray(token), cache)
+        said.append(jax.block_until_ready(logits))
+        seconds.append(time.perf_counter() - start)
+    return jnp.stack(said), seconds[2:]  # compilation, and a first run
+
+
+@jax.jit
+def _agreement(reference: jax.Array, said: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean KL(reference || said) in nats and share of equal likeliest tokens; both are logits f32[..., V]."""
+    p, q = jax.nn.log_softmax(reference), jax.nn.log_softmax(said)
+    return (jnp.exp(p) * (p - q)).sum(axis=-1).mean(), (reference.argmax(-1) == said.argmax(-1)).mean()
+
+
+def _measure_prefill(model: Model, rows: list[Row], size: Size, tick) -> None:
+    tokens = np.resize(np.arange(1000, 2000, dtype=np.int32), (1, size.tokens)) % model.config.vocab
+    speeds = {}
+    for row in rows:
+        if row.method not in speeds:
+            jax.block_until_ready(prefill(_first_layer(model.params), row.policy, tokens))  # compiles
+            start = time.perf_counter()
+            jax.block_until_ready(prefill(model.params, row.policy, tokens))
+            speeds[row.method] = size.tokens / (time.perf_counter() - start)
+            tick(f"speed of prefill: {row.method}")
+        row.prefill_speed = speeds[row.method]
+
+
+def _first_layer(params: Params) -> Params:
+    """The model cut after its first layer: its programs are those of every layer."""
+    return dataclasses.replace(params, blocks=params.blocks[:1])
+
+
+def _compressed(params, rows, tokens, lengths, tick, room: int = 0) -> Iterator[tuple[Row, tuple[jax.Array, Cache]]]:
+    """Each row's logits and cache after a prompt, read once for all policies that cache the same keys."""
+    for renumbered in (False, True):
+        some = [row for row in rows if (row.policy.ranks is not None) == renumbered]
+        if not some:
+            tick("reading")
+            continue
+        logits, cache = prefill(
+            params, _together(tuple(row.policy for row in some)), tokens, lengths=lengths, room=room
+        )
+        jax.block_until_ready(logits)
+        tick("reading")
+        layers = list(cache.layers)
+        for i, row in enumerate(some):
+            own = Cache(tuple(layer[i] for layer in layers), cache.length, row.policy, params.config)
+            layers = [(*layer[:i], None, *layer[i + 1 :]) for layer in layers]  # so that it is freed when it is done
+            yield row, (logits, own)
+
+
+@functools.cache
+def _together(several: tuple[Policy, ...]) -> Policy:
+    """One policy for a single prefill, whose layers are tuples: what each of `several` makes of the same tokens."""
+
+    def init(shape):
+        return dataclasses.replace(several[0].init(shape), stats={}, carry=shape.layer)
+
+    def update(cache, seen, capacity):
+        batch, heads, slots, head_dim = cache.k.shape
+        shape = LayerShape(batch, heads, slots, head_dim, cache.k.dtype, cache.carry)
+
+        def alone(policy):
+            fresh = policy.init(shape)
+            own = dataclasses.replace(cache, stats=fresh.stats, carry=fresh.carry)
+            return policy.update(own, seen, policy.capacity(capacity))
+
+        return tuple(alone(policy) for policy in several)
+
+    needs = frozenset().union(*(policy.needs for policy in several))
+    return Policy("together", None, needs, init, update, several[0].ranks)

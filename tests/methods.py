@@ -1,0 +1,80 @@
+"""The table of all methods. A new one joins with a row, and every promise is then tested on it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import policies
+from tests.oracles import full, h2o, keydiff, random_eviction, snapkv, streaming_llm, tova
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method, with settings that suit a budget of 10.
+
+    Attributes:
+      make: The policy with a budget.
+      oracle: `run` of its float64 oracle, with the same settings.
+      sinks: First tokens that it always keeps.
+      window: Newest tokens that it always keeps; None stands for all that the sinks leave of the budget.
+    """
+
+    make: Callable[[int], kvjax.Policy]
+    oracle: Callable[..., Any]
+    sinks: int = 0
+    window: int | None = 0
+
+
+def draws(seed: int, kv_heads: int, count: int, layer: int = 0) -> np.ndarray:
+    """The documented draw of `random`, in plain integers: [H, count]."""
+
+    def mix(x):
+        x = (x + 0x9E3779B9) % 2**32
+        x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+        x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+        return x ^ (x >> 16)
+
+    def draw(head, pos):
+        return mix(mix(pos) ^ mix(mix(seed ^ mix(layer)) ^ head)) >> 8
+
+    return np.array([[draw(head, pos) for pos in range(count)] for head in range(kv_heads)], dtype=np.float64)
+
+
+POLICIES = {
+    "full": Row(lambda budget: policies.full(), lambda budget, **kw: full.run(**kw)),
+    "streaming_llm": Row(
+        lambda budget: policies.streaming_llm(budget, sinks=2),
+        lambda budget, **kw: streaming_llm.run(budget=budget, sinks=2, **kw),
+        sinks=2,
+        window=None,
+    ),
+    "h2o": Row(
+        lambda budget: policies.h2o(budget, window=4),
+        lambda budget, **kw: h2o.run(budget=budget, window=4, **kw),
+        window=4,
+    ),
+    "snapkv": Row(
+        lambda budget: policies.snapkv(budget, window=4, pool=3),
+        lambda budget, **kw: snapkv.run(budget=budget, window=4, pool=3, **kw),
+        window=4,
+    ),
+    "tova": Row(policies.tova, lambda budget, **kw: tova.run(budget=budget, **kw)),
+    "keydiff": Row(policies.keydiff, lambda budget, **kw: keydiff.run(budget=budget, **kw)),
+    "random": Row(
+        lambda budget: policies.random(budget, seed=7),
+        lambda budget, **kw: random_eviction.run(budget=budget, scores=draws(7, kw["k"].shape[1], len(kw["q"])), **kw),
+    ),
+}
+
+every_method = pytest.mark.parametrize("row", POLICIES.values(), ids=POLICIES)
+bounded_methods = {name: row for name, row in POLICIES.items() if row.make(10).budget is not None}
+every_bounded_method = pytest.mark.parametrize("row", bounded_methods.values(), ids=bounded_methods)
+
+
+def kept_positions(layer: kvjax.LayerCache, b: int) -> list[list[int]]:
+    """Positions that each head of row b keeps in one layer, in order."""
+    return [sorted(int(p) for p in head if p >= 0) for head in np.asarray(layer.pos)[b]]

@@ -1,0 +1,204 @@
+"""What makes this a compression library, read off real buffers and programs: bytes, copies, what is compiled."""
+
+import dataclasses
+import gc
+import inspect
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kvjax
+from kvjax import policies
+from kvjax.policy import Mass, Scorer, evict
+from tests.methods import POLICIES, bounded_methods, every_bounded_method, every_method
+from tests.tiny import CONFIG, random_params, random_tokens
+
+decoding = sys.modules["kvjax.decoding"]
+PARAMS = random_params()
+BUDGET = 10
+
+
+def documented_bytes(method: str, *, config, batch: int, budget: int, tokens: int, number: int) -> int:
+    """The formula in a method's docstring, such as `L B H (budget + 1) (2 D b + 4) + 4 B`, with numbers put in."""
+    formula = re.search(r"Bytes: ([^,.]+)", inspect.getdoc(getattr(policies, method))).group(1)
+    names = {
+        "L": config.layers,
+        "B": batch,
+        "H": config.kv_heads,
+        "D": config.head_dim,
+        "b": number,
+        "n": tokens,
+        "budget": budget,
+    }
+    return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), names)
+
+
+def kv_bytes(slots: int, *, config=CONFIG, batch: int) -> int:
+    """Bytes of one layer's keys and values in f32."""
+    return 2 * batch * config.kv_heads * slots * config.head_dim * 4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("method", POLICIES)
+def test_nbytes_is_the_formula_in_the_docstring(method, dtype):
+    policy, params = POLICIES[method].make(BUDGET), random_params(dtype=dtype)
+    _, cache = kvjax.prefill(params, policy, random_tokens(3, 24), lengths=(24, 13, 3))
+    size = jnp.dtype(dtype).itemsize
+    assert kvjax.nbytes(cache) == documented_bytes(
+        method, config=CONFIG, batch=3, budget=BUDGET, tokens=24, number=size
+    )
+
+
+@every_method
+def test_report_accounts_for_every_byte(row):
+    _, cache = kvjax.prefill(PARAMS, row.make(BUDGET), random_tokens(3, 24), lengths=(24, 13, 3))
+    report = kvjax.report(cache)
+    assert report.total == sum(report.by_kind.values()) == kvjax.nbytes(cache)
+
+
+@every_bounded_method
+def test_nbytes_of_a_bounded_cache_does_not_depend_on_the_prompt(row):
+    policy = row.make(BUDGET)
+
+    def size(count, chunk=None):
+        tokens = jax.ShapeDtypeStruct((3, count), jnp.int32)
+        return kvjax.nbytes(jax.eval_shape(lambda t: kvjax.prefill(PARAMS, policy, t, chunk=chunk)[1], tokens))
+
+    assert {size(1), size(7), size(24), size(200), size(200, chunk=16)} == {
+        kvjax.nbytes(kvjax.empty_cache(PARAMS, policy, 3))
+    }
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """Shapes of all arrays alive after each layer of a prefill, and (slots in, tokens, slots out) of its programs."""
+    shapes, calls, layer = [], [], decoding.run_layer
+
+    def spy(block, x, cache, *rest):
+        x_out, cache_out = layer(block, x, cache, *rest)
+        calls.append((0 if cache is None else cache.slots, x.shape[1], cache_out.slots))
+        shapes.append([a.shape for a in jax.live_arrays()])
+        return x_out, cache_out
+
+    gc.collect()
+    monkeypatch.setattr(decoding, "run_layer", spy)
+    return shapes, calls
+
+
+@every_bounded_method
+def test_between_layers_a_prefill_holds_nothing_of_full_length_but_tokens_and_residual_stream(row, alive):
+    shapes, calls = alive
+    batch, count = 3, 199  # a length that no other array has
+    kvjax.prefill(PARAMS, row.make(BUDGET), random_tokens(batch, count))
+    assert len(calls) == CONFIG.layers  # each program sees one layer, and so one at most is at full length
+    long = {shape for at in shapes for shape in at if max(shape, default=0) >= count}
+    assert long <= {(batch, count), (batch, count, CONFIG.width)}
+
+
+@every_bounded_method
+def test_a_prefill_in_chunks_never_has_a_layer_at_full_length(row, alive):
+    shapes, calls = alive
+    batch, count, chunk = 3, 199, 16
+    kvjax.prefill(PARAMS, row.make(BUDGET), random_tokens(batch, count), chunk=chunk)
+    assert len(calls) == CONFIG.layers * -(-count // chunk)
+    assert set(calls) == {(BUDGET + 1, chunk, BUDGET + 1)}
+    long = {shape for at in shapes for shape in at if max(shape, default=0) >= count}
+    assert long <= {(batch, count), (batch, 208)}  # the tokens, and the tokens padded to whole chunks
+
+
+def test_a_prefill_under_jit_holds_no_more_layers_at_full_length_when_the_model_has_more():
+    batch, count = 2, 512
+
+    def temporaries(layers):
+        params = random_params(dataclasses.replace(CONFIG, layers=layers, context=count))
+        run = jax.jit(kvjax.prefill).lower(params, policies.h2o(BUDGET, window=4), random_tokens(batch, count))
+        return run.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(6) - temporaries(2) < kv_bytes(count, batch=batch)  # four layers more
+
+
+def compiled_step(policy, config, batch, slots):
+    def make():
+        params = random_params(config)
+        return params, kvjax.empty_cache(params, policy, batch, tokens=slots)
+
+    params, cache = jax.eval_shape(make)
+    token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    step = jax.jit(kvjax.step, donate_argnames="cache").lower(params, policy, token, cache).compile()
+    return step.memory_analysis(), kvjax.nbytes(cache)
+
+
+@every_method
+def test_a_step_writes_in_place_and_copies_nothing_of_the_caches_size(row):
+    # streaming_llm and keydiff turn or norm the keys of one layer at a time: 0.8 of its bytes, whatever the layers.
+    config = dataclasses.replace(CONFIG, layers=10, head_dim=64, context=1024)
+    memory, size = compiled_step(row.make(512), config, batch=2, slots=512)
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < 0.1 * size
+
+
+def counting(traces):
+    """A policy that uses all that a policy can, and notes when Python runs it."""
+
+    def observe(cache, seen):
+        traces.append(cache.slots)
+        return {"mass": cache.stats["mass"] + seen.mass[Mass()]}
+
+    return evict(
+        Scorer(frozenset({Mass()}), {"mass": ()}, observe, lambda cache, seen: cache.stats["mass"]), budget=BUDGET
+    )
+
+
+def test_twenty_steps_trace_once():
+    traces = []
+    policy = counting(traces)
+    _, cache = kvjax.prefill(PARAMS, policy, random_tokens(3, 24))
+    traces.clear()
+    step = jax.jit(kvjax.step, donate_argnames="cache")
+    for i in range(20):
+        _, cache = step(PARAMS, policy, random_tokens(3, 1, seed=i)[:, 0], cache)
+    assert traces == [BUDGET + 1]  # once for both layers
+
+
+def test_a_prompt_of_any_number_of_chunks_traces_once():
+    traces = []
+    policy = counting(traces)
+    for count in (16, 40, 61, 200):
+        kvjax.prefill(PARAMS, policy, random_tokens(3, count), chunk=8)
+    assert traces == [BUDGET + 1 + 8]
+
+
+def test_other_lengths_of_rows_trace_nothing_new():
+    traces = []
+    policy = counting(traces)
+    for lengths in (None, (24, 13, 3), (1, 1, 24)):
+        kvjax.prefill(PARAMS, policy, random_tokens(3, 24), lengths=lengths)
+    assert traces == [24]
+
+
+@pytest.mark.parametrize("method", bounded_methods)
+def test_decoding_more_tokens_compiles_nothing_new(method):
+    policy = POLICIES[method].make(BUDGET)
+
+    def programs():
+        return decoding._burst_in_place._cache_size(), decoding.run_layer._cache_size()
+
+    def decode(count, **settings):
+        kvjax.decode(PARAMS, policy, random_tokens(3, 24), lengths=(24, 13, 3), max_new_tokens=count, **settings)
+        return programs()
+
+    assert decode(5) == decode(40)
+
+
+def test_other_settings_of_sampling_compile_nothing_new():
+    def decode(**settings):
+        kvjax.decode(
+            PARAMS, policies.tova(BUDGET), random_tokens(3, 24), lengths=(24, 13, 3), max_new_tokens=5, **settings
+        )
+        return decoding._burst_in_place._cache_size()
+
+    first = decode(temperature=0.7, top_k=5, top_p=0.9, key=0, stop=(1, 2))
+    assert decode(temperature=1.3, top_k=9, top_p=0.4, key=jax.random.key(3), stop=(60, 4)) == first
