@@ -14,8 +14,8 @@ from kvjax.cache import FREE, LayerCache, LayerShape, extend, write
 from kvjax.models.rope import Rope, rotate
 from kvjax.policy import Mass, Policy, Seen
 
-SPANS = 8  # static prefixes that a long call is cut into
-BLOCK_LOGITS = 2**18  # queries times slots of one block, for each query head; 128 queries over 2048 slots
+SPANS = 16  # static prefixes that a long call is cut into
+BLOCK_LOGITS = 2**17  # queries times slots of one block, for each query head; 64 queries over 2048 slots
 
 
 class Attended(NamedTuple):

@@ -21,12 +21,14 @@ class Row:
       oracle: `run` of its float64 oracle, with the same settings.
       sinks: First tokens that it always keeps.
       window: Newest tokens that it always keeps; None stands for all that the sinks leave of the budget.
+      heads_alike: Whether all heads of a layer keep the same tokens, in slots of the same order.
     """
 
     make: Callable[[int], kvjax.Policy]
     oracle: Callable[..., Any]
     sinks: int = 0
     window: int | None = 0
+    heads_alike: bool = False
 
 
 def draws(seed: int, kv_heads: int, count: int, layer: int = 0) -> np.ndarray:
@@ -51,6 +53,7 @@ POLICIES = {
         lambda budget, **kw: streaming_llm.run(budget=budget, sinks=2, **kw),
         sinks=2,
         window=None,
+        heads_alike=True,
     ),
     "h2o": Row(
         lambda budget: policies.h2o(budget, window=4),
@@ -62,7 +65,7 @@ POLICIES = {
         lambda budget, **kw: snapkv.run(budget=budget, window=4, pool=3, **kw),
         window=4,
     ),
-    "tova": Row(policies.tova, lambda budget, **kw: tova.run(budget=budget, **kw)),
+    "tova": Row(policies.tova, lambda budget, **kw: tova.run(budget=budget, **kw), heads_alike=True),
     "keydiff": Row(policies.keydiff, lambda budget, **kw: keydiff.run(budget=budget, **kw)),
     "random": Row(
         lambda budget: policies.random(budget, seed=7),

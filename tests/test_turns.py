@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import kvjax
 from kvjax import policies
 from tests.methods import every_bounded_method, every_method, kept_positions
+from tests.plain import plain_logits
 from tests.tiny import random_params, random_tokens
 
 PARAMS = random_params()
@@ -91,21 +92,20 @@ def test_two_questions_can_be_asked_of_one_context(row):
 @every_method
 def test_nothing_that_the_caller_holds_is_changed_or_deleted(row):
     policy, params = row.make(BUDGET), random_params()
-    keys, tokens, lengths = jax.random.split(jax.random.key(0), 3), random_tokens(3, 24), jnp.asarray(LENGTHS)
-    settings = {"temperature": 0.7, "key": keys}
-    first = kvjax.decode(params, policy, tokens, lengths=lengths, max_new_tokens=2, **settings)
+    tokens, lengths = random_tokens(3, 24), jnp.asarray(LENGTHS)
+    first = kvjax.decode(params, policy, tokens, lengths=lengths, max_new_tokens=2)
     held = params, first, tokens, lengths
-    before, keys_before = copied(held), np.array(jax.random.key_data(keys))
+    before, in_place = copied(held), jax.jit(kvjax.step, donate_argnames="cache")
     for chunk in (None, 8):
         _, cache = kvjax.prefill(params, policy, tokens, lengths=lengths, cache=first.cache, chunk=chunk, room=1)
-        jax.jit(kvjax.step, donate_argnames="cache")(params, policy, tokens[:, 0], cache)
-        kvjax.decode(params, policy, tokens[:, :1], cache=first.cache, max_new_tokens=2, chunk=chunk, **settings)
+        in_place(params, policy, tokens[:, 0], cache)
+        kvjax.decode(params, policy, tokens[:, :1], cache=first.cache, max_new_tokens=2, chunk=chunk)
     _, cache = kvjax.prefill(params, policy, tokens[:, :1], cache=first.cache, room=1)
     _, after = kvjax.step(params, policy, tokens[:, 0], cache)
     kvjax.step(params, policy, tokens[:, 1], cache)  # `cache` is still there
-    kvjax.decode(params, policy, tokens[:, :1], cache=after, max_new_tokens=1, **settings)
+    in_place(params, policy, tokens[:, 0], cache)
+    kvjax.decode(params, policy, tokens[:, :1], cache=after, max_new_tokens=1)
     jax.tree.map(assert_array_equal, held, before)
-    assert_array_equal(jax.random.key_data(keys), keys_before)
 
 
 @pytest.mark.parametrize("old_style", [False, True])
@@ -136,14 +136,13 @@ def test_prefill_step_and_decode_give_the_same_under_the_callers_jit(row):
 
     @jax.jit
     def program(params, tokens, lengths, question):
-        _, cache = kvjax.prefill(params, policy, tokens, lengths=lengths, chunk=8, room=1)
+        _, cache = kvjax.prefill(params, policy, tokens, lengths=lengths, chunk=12, room=1)
         logits, cache = kvjax.step(params, policy, question[:, 0], cache)
         return logits, cache, kvjax.decode(params, policy, question, cache=cache, max_new_tokens=3, key=4)
 
     arguments = PARAMS, TOKENS, jnp.asarray(LENGTHS), QUESTIONS[0]
     logits, cache, out = program(*arguments)
-    with jax.disable_jit(False):
-        want, same, answer = program.__wrapped__(*arguments)
+    want, same, answer = program.__wrapped__(*arguments)
     assert_allclose(logits, want, atol=1e-5)
     assert_same_kept(cache, same)
     assert_array_equal(out.tokens, answer.tokens)
@@ -157,24 +156,20 @@ def test_decode_under_jit_stops_and_samples_as_it_does_outside():
     settings = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20, "key": 3, "stop": list(range(0, 61, 7))}
     want = kvjax.decode(PARAMS, policy, TOKENS, lengths=LENGTHS, **settings)
     got = jax.jit(lambda t: kvjax.decode(PARAMS, policy, t, lengths=LENGTHS, **settings))(TOKENS)
-    assert 0 < int(want.lengths.min()) < 12
+    assert 0 < int(want.lengths.max()) < 12  # so that a stop token and the early end are met
     assert_array_equal(got.tokens, want.tokens)
     assert_array_equal(got.lengths, want.lengths)
     assert_same_kept(got.cache, want.cache)
 
 
 @every_method
-def test_bf16_is_close_to_f32(row):
-    policy, wide = row.make(36), random_params()  # room for all: what is kept is not a matter of rounding
+def test_bf16_gives_the_logits_of_f32(row):
     narrow = random_params(dtype=jnp.bfloat16)
-    logits, cache = kvjax.prefill(wide, policy, TOKENS, lengths=LENGTHS, room=1)
-    got, small = kvjax.prefill(narrow, policy, TOKENS, lengths=LENGTHS, room=1)
-    assert {layer.k.dtype for layer in small.layers} == {jnp.dtype(jnp.bfloat16)}
-    for read in range(2):
-        # bf16 has 8 bits, and two layers add up a few roundings
-        assert np.linalg.norm(got - logits) < 5e-2 * np.linalg.norm(logits), read
-        logits, cache = kvjax.step(wide, policy, TOKENS[:, 0], cache)
-        got, small = kvjax.step(narrow, policy, TOKENS[:, 0], small)
+    out = kvjax.decode(narrow, row.make(30), TOKENS, max_new_tokens=6)  # room for all: no choice hangs on rounding
+    assert {layer.k.dtype for layer in out.cache.layers} == {jnp.dtype(jnp.bfloat16)}
+    want = plain_logits(PARAMS, jnp.concatenate([TOKENS, out.tokens], axis=1))[:, -1]
+    # bf16 has 8 bits; roundings of a few operations add up
+    assert np.linalg.norm(out.logits - want) < 5e-2 * np.linalg.norm(want)
 
 
 @every_bounded_method
