@@ -35,6 +35,7 @@ def attend(
     *,
     positions: jax.Array,
     rope: Rope | None = None,
+    angles: tuple[jax.Array, jax.Array] | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
     capacity: int | None = None,
@@ -53,6 +54,7 @@ def attend(
       positions: i32[B, T], positions of the tokens in their sequences; -1 marks padding. Within a row they go up
         by one from the number of tokens seen before.
       rope: How to rotate q and k; None leaves them as they are.
+      angles: `rope.angles(positions, D)`, which all layers can share; None computes it here.
       scale: Factor of the logits; None takes D ** -0.5.
       sliding_window: Keys a query sees, itself included; None sees all.
       capacity: Slots of the returned cache. None takes what the policy needs, which for a policy that keeps every token
@@ -71,7 +73,7 @@ def attend(
     q = q.reshape(batch, count, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, H, G, T, D]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, H, T, D]
     if rope is not None and policy.ranks is None:
-        cos, sin = rope.angles(positions, head_dim)  # [B, T, D / 2]
+        cos, sin = rope.angles(positions, head_dim) if angles is None else angles  # [B, T, D / 2]
         q, k = rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None])
 
     if cache is None:

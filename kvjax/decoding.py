@@ -97,9 +97,9 @@ def prefill(
     for at in range(0, count, chunk):
         positions = jnp.arange(at, at + chunk)
         positions = jnp.where(positions < lengths[:, None], start[:, None] + positions, FREE)
-        x = _embed(params, tokens[:, at : at + chunk])
+        x, angles = _embed(params, tokens[:, at : at + chunk], positions)
         for i, block in enumerate(params.blocks):
-            x, layers[i] = run_layer(block, x, layers[i], positions, i, policy, params.config, capacities[i])
+            x, layers[i] = run_layer(block, x, layers[i], positions, angles, i, policy, params.config, capacities[i])
         last = _keep_last(last, x, lengths - 1 - at)
     return _logits(params, last), Cache(tuple(layers), start + lengths, policy, params.config)
 
@@ -134,10 +134,10 @@ def step_with(layer_program: Callable, params: Params, policy: Policy, token: ja
     """`step` with a choice of the program that runs each layer: `run_layer`, or `run_layer_in_place`."""
     active = token >= 0
     positions = jnp.where(active, cache.length, FREE)[:, None]
-    x = _embed(params, token[:, None])
+    x, angles = _embed(params, token[:, None], positions)
     layers = []
     for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
-        x, layer = layer_program(block, x, layer, positions, i, policy, params.config, layer.slots)
+        x, layer = layer_program(block, x, layer, positions, angles, i, policy, params.config, layer.slots)
         layers.append(layer)
     return _logits(params, x[:, 0]), Cache(tuple(layers), cache.length + active, policy, params.config)
 
@@ -147,6 +147,7 @@ def _layer(
     x: jax.Array,
     cache: LayerCache | None,
     positions: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
     layer: int,
     policy: Policy,
     config: Config,
@@ -162,6 +163,7 @@ def _layer(
         policy,
         positions=positions,
         rope=config.rope,
+        angles=angles,
         sliding_window=config.sliding_window,
         capacity=capacity,
         layer=layer,
@@ -171,9 +173,14 @@ def _layer(
 
 run_layer = jax.jit(_layer, static_argnames=("config", "capacity"))
 run_layer_in_place = jax.jit(_layer, static_argnames=("config", "capacity"), donate_argnames="cache")
-_embed = jax.jit(llama.embed)
 _logits = jax.jit(llama.logits)
 _resize = jax.jit(resize, static_argnames="capacity")
+
+
+@jax.jit
+def _embed(params, tokens, positions):
+    """The residual stream [B, T, width] of tokens, and the angles of their positions, which all layers share."""
+    return llama.embed(params, tokens), params.config.rope.angles(positions, params.config.head_dim)
 
 
 @jax.jit

@@ -74,16 +74,18 @@ def test_nbytes_of_a_bounded_cache_does_not_depend_on_the_prompt(row):
 
 @pytest.fixture
 def alive(monkeypatch):
-    """Shapes of all arrays alive after each layer of a prefill, and (slots in, tokens, slots out) of its programs."""
-    shapes, calls, layer = [], [], decoding.run_layer
+    """Shapes of what is alive after each layer of a prefill, and (slots in, tokens, slots out) of its programs."""
+    shapes, calls, layer = set(), [], decoding.run_layer
+    gc.collect()
+    before = jax.live_arrays()  # of other tests; held, so that no new array gets the id of an old one
+    old = {id(array) for array in before}
 
     def spy(block, x, cache, *rest):
         x_out, cache_out = layer(block, x, cache, *rest)
         calls.append((0 if cache is None else cache.slots, x.shape[1], cache_out.slots))
-        shapes.append([a.shape for a in jax.live_arrays()])
+        shapes.update(array.shape for array in jax.live_arrays() if id(array) not in old)
         return x_out, cache_out
 
-    gc.collect()
     monkeypatch.setattr(decoding, "run_layer", spy)
     return shapes, calls
 
@@ -91,10 +93,10 @@ def alive(monkeypatch):
 @every_bounded_method
 def test_between_layers_a_prefill_holds_nothing_of_full_length_but_tokens_and_residual_stream(row, alive):
     shapes, calls = alive
-    batch, count = 3, 199  # a length that no other array has
+    batch, count = 3, 199  # longer than any axis of the model
     kvjax.prefill(PARAMS, row.make(BUDGET), random_tokens(batch, count))
     assert len(calls) == CONFIG.layers  # each program sees one layer, and so one at most is at full length
-    long = {shape for at in shapes for shape in at if max(shape, default=0) >= count}
+    long = {shape for shape in shapes if max(shape, default=0) >= count}
     assert long <= {(batch, count), (batch, count, CONFIG.width)}
 
 
@@ -105,7 +107,7 @@ def test_a_prefill_in_chunks_never_has_a_layer_at_full_length(row, alive):
     kvjax.prefill(PARAMS, row.make(BUDGET), random_tokens(batch, count), chunk=chunk)
     assert len(calls) == CONFIG.layers * -(-count // chunk)
     assert set(calls) == {(BUDGET + 1, chunk, BUDGET + 1)}
-    long = {shape for at in shapes for shape in at if max(shape, default=0) >= count}
+    long = {shape for shape in shapes if max(shape, default=0) >= count}
     assert long <= {(batch, count), (batch, 208)}  # the tokens, and the tokens padded to whole chunks
 
 
