@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import FREE, LayerCache, LayerShape, extend, write
 from kvjax.models.rope import Rope, rotate
-from kvjax.policy import Mass, Policy, Seen
+from kvjax.policy import Mass, Masses, Policy, Seen
 
 SPANS = 16  # static prefixes that a long call is cut into
 BLOCK_LOGITS = 2**17  # queries times slots of one block, for each query head; 64 queries over 2048 slots
@@ -67,9 +67,9 @@ def attend(
     Raises:
       ValueError: If the shapes do not fit together, or if the policy gives positions anew and there is no `rope`.
     """
+    _check(q, k, v, cache, policy, positions, rope, capacity)
     batch, count, q_heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    _check(q, k, v, cache, policy, positions, rope)
     q = q.reshape(batch, count, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, H, G, T, D]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, H, T, D]
     if rope is not None and policy.ranks is None:
@@ -106,7 +106,7 @@ def attend(
         bias=None if policy.bias is None else policy.bias(cache),
         sliding_window=sliding_window,
     )
-    cache = policy.update(cache, Seen(positions, q, attended.mass), capacity)
+    cache = policy.update(cache, Seen(positions, q, Masses(attended.mass)), capacity)
     out = attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim)
     return out, cache
 
@@ -306,13 +306,15 @@ def _counted(need: Mass, q_pos, newest):
     return counted.astype(jnp.float32)
 
 
-def _check(q, k, v, cache, policy, positions, rope):
+def _check(q, k, v, cache, policy, positions, rope, capacity):
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"attend: q {q.shape} must be [B, T, q_heads, D], and k {k.shape} [B, T, kv_heads, D].")
     batch, count, q_heads, head_dim = q.shape
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != head_dim:
         raise ValueError(
             f"attend: k {k.shape} and v {v.shape} must both be [B, T, kv_heads, D] for q {q.shape}, [B, T, q_heads, D]."
         )
-    if q_heads % k.shape[2]:
+    if k.shape[2] == 0 or q_heads % k.shape[2]:
         raise ValueError(
             f"attend: q has {q_heads} heads and k has {k.shape[2]}; q_heads must be a multiple of kv_heads. Was k "
             f"already repeated, or split differently?"
@@ -326,6 +328,10 @@ def _check(q, k, v, cache, policy, positions, rope):
             f"attend: {policy.name} gives cached tokens new positions, so it must rotate the keys itself. Pass q and k "
             f"un-rotated, and rope=kvjax.Rope(base=...)."
         )
+    slots = 0 if cache is None else cache.slots
+    least = max(slots, count) if policy.budget is None else policy.capacity(count)
+    if capacity is not None and capacity < least:
+        raise ValueError(f"attend: capacity={capacity} is too small for {policy.name}, which needs {least} slots here.")
     if cache is None:
         return
     want = (batch, k.shape[2], cache.slots, head_dim)

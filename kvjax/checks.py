@@ -31,6 +31,8 @@ def check_tokens(tokens) -> tuple[int, int]:
 
 def check_lengths(lengths, batch: int, count: int) -> jax.Array:
     """`lengths` as i32[B], each within 1..T; None stands for T."""
+    if lengths is not None and not jnp.issubdtype(jnp.result_type(jnp.asarray(lengths)), jnp.integer):
+        raise ValueError(f"lengths are {jnp.asarray(lengths).dtype}, and must be integers, i32[B].")
     lengths = jnp.full(batch, count, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     if lengths.shape != (batch,):
         raise ValueError(f"lengths have shape {lengths.shape}; tokens of shape {(batch, count)} want {(batch,)}.")
@@ -43,6 +45,14 @@ def check_lengths(lengths, batch: int, count: int) -> jax.Array:
                 f"least one token, and widen tokens to the longest row."
             )
     return lengths
+
+
+def check_stop(stop) -> jax.Array:
+    """Stop tokens as i32[K]."""
+    ids = np.asarray(stop)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"stop={stop!r} must be a sequence of token ids, such as model.stop_tokens.")
+    return jnp.asarray(ids, jnp.int32)
 
 
 def check_ids(config: Config, tokens, lengths) -> None:
@@ -63,12 +73,12 @@ def check_context(config: Config, policy: Policy, start, lengths, chunk: int, ro
     """No position may lie beyond the model's context. Where positions are given anew, only what is in hand counts."""
     if not known(start, lengths):
         return
+    read = int(np.max(np.asarray(start) + np.asarray(lengths)))
     if policy.ranks is None:
-        last = int(np.max(np.asarray(start) + np.asarray(lengths))) + room
-        mend = "Shorten the prompt, or ask for fewer new tokens."
+        last, mend = read + room, "Shorten the prompt, or ask for fewer new tokens."
     else:
-        last = min(int(np.max(np.asarray(start + lengths))), policy.capacity(0) + chunk)
-        mend = "Shorten the prompt, or read it with chunk=512."
+        in_hand = min(read, policy.capacity(read) - 1 + chunk), min(read + room, policy.capacity(read + room))
+        last, mend = max(in_hand), "Lower the budget, shorten the prompt, or read it with chunk=512."
     if last > config.context:
         raise ValueError(f"position {last - 1} is beyond the model's context of {config.context} tokens. {mend}")
 
@@ -87,12 +97,26 @@ def check_cache(params: Params, policy: Policy, cache: Cache, batch: int) -> Non
         )
 
 
-def check_free_slot(policy: Policy, cache: Cache) -> None:
-    """A policy that keeps every token must have room for the next one."""
-    if policy.budget is not None or not known(cache.length):
+def check_step(params: Params, policy: Policy, token, cache: Cache) -> None:
+    """One token id a row, -1 in rows that have stopped; those that go on need a position, and a slot."""
+    if np.ndim(token) != 1 or not jnp.issubdtype(jnp.result_type(token), jnp.integer):
+        raise ValueError(
+            f"token has shape {np.shape(token)} and type {jnp.result_type(token)}, and must be i32[B], one a row. See "
+            f"prefill for more."
+        )
+    check_cache(params, policy, cache, np.shape(token)[0])
+    if not known(token, cache.length):
         return
+    config = params.config
+    ids = np.asarray(token)
+    wrong = ids[(ids < -1) | (ids >= config.vocab)]
+    if wrong.size:
+        raise ValueError(f"token {wrong[0]} is outside 0..{config.vocab - 1}, the model's vocabulary; -1 stops a row.")
+    longest = int(np.max(np.asarray(cache.length), where=ids >= 0, initial=-1))
+    if policy.ranks is None and longest >= config.context:
+        raise ValueError(f"position {longest} is beyond the model's context of {config.context} tokens. Start anew.")
     slots = min(layer.slots for layer in cache.layers)
-    if int(np.max(cache.length)) >= slots:
+    if policy.budget is None and longest >= slots:
         raise ValueError(
             f"all {slots} slots hold tokens, and {policy.name} frees none. Leave room for those to come: "
             f"prefill(..., room=64)."

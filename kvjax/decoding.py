@@ -16,7 +16,16 @@ import numpy as np
 
 from kvjax.attention import attend
 from kvjax.cache import FREE, Cache, LayerCache, LayerShape, resize
-from kvjax.checks import check_cache, check_context, check_free_slot, check_ids, check_lengths, check_tokens, known
+from kvjax.checks import (
+    check_cache,
+    check_context,
+    check_ids,
+    check_lengths,
+    check_step,
+    check_stop,
+    check_tokens,
+    known,
+)
 from kvjax.models import llama
 from kvjax.models.llama import Block, Config, Params
 from kvjax.policy import Policy
@@ -123,10 +132,7 @@ def step(params: Params, policy: Policy, token: jax.Array, cache: Cache) -> tupl
       ValueError: If arguments do not fit together; outside jit also if the policy keeps every token and no slot is
         free: prefill with room=.
     """
-    if token.ndim != 1:
-        raise ValueError(f"step: token has shape {token.shape}, and must be i32[B], one a row. See prefill for more.")
-    check_cache(params, policy, cache, token.shape[0])
-    check_free_slot(policy, cache)
+    check_step(params, policy, token, cache)
     return step_with(run_layer, params, policy, token, cache)
 
 
@@ -234,9 +240,10 @@ def decode(
         raise ValueError(
             f"decode: max_new_tokens={max_new_tokens} must be at least 1; kvjax.prefill reads and says nothing."
         )
-    draw, stop = make_draw(temperature, top_k, top_p), jnp.asarray(tuple(stop), jnp.int32)
+    draw, stop = make_draw(temperature, top_k, top_p), check_stop(stop)
+    keys = row_keys(key, np.shape(tokens)[0])
     logits, new_cache = prefill(params, policy, tokens, lengths=lengths, cache=cache, chunk=chunk, room=max_new_tokens)
-    state = _State(new_cache, logits, jnp.ones(logits.shape[0], bool), row_keys(key, logits.shape[0]))
+    state = _State(new_cache, logits, jnp.ones(logits.shape[0], bool), keys)
 
     if not known(logits):  # under the caller's jit: one loop on the device
         if on_token is not None:
@@ -246,8 +253,8 @@ def decode(
         state, new = _burst(params, policy, state, max_new_tokens, draw, stop, max_new_tokens)
         return _decoded(state, new)
 
-    if cache is not None:  # prefill may hand on what the caller holds, and the state is donated
-        state = jax.tree.map(jnp.copy, state)
+    # The state is donated, and may hold what is the caller's: the keys, and of a cache what prefill hands on.
+    state = state._replace(keys=jnp.copy(keys)) if cache is None else jax.tree.map(jnp.copy, state)
     pieces = []
     while (made := sum(piece.shape[1] for piece in pieces)) < max_new_tokens and bool(state.alive.any()):
         size = min(1 if on_token else BURST, max_new_tokens - made)

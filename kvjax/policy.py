@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,14 @@ class Mass(NamedTuple):
     last: int | None = None
 
 
+class Masses(dict[Mass, jax.Array]):
+    """The statistics that a policy asked for; another one is refused by name."""
+
+    def __missing__(self, need):
+        asked = ", ".join(map(str, self)) or "nothing"
+        raise ValueError(f"the policy reads {need}, but asked for {asked}. Add it to its needs.")
+
+
 class Seen(NamedTuple):
     """What a policy sees of one call, once attention is done.
 
@@ -35,7 +44,7 @@ class Seen(NamedTuple):
 
     positions: jax.Array
     q: jax.Array
-    mass: dict[Mass, jax.Array]
+    mass: Masses
 
     @property
     def now(self) -> jax.Array:
@@ -131,6 +140,14 @@ def check_budget(name: str, budget: int) -> None:
         raise ValueError(f"{name}: budget={budget} leaves no slot; it must be at least 1.")
 
 
+def _whole(name: str, key: str, value: Any) -> int:
+    """A setting that counts something."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: {key}={value!r} must be a whole number.") from None
+
+
 def method(make: Callable[..., Policy]) -> Callable[..., Policy]:
     """Gives the policies of `make` their name, and the same object for the same arguments."""
     signature = inspect.signature(make)
@@ -144,6 +161,10 @@ def method(make: Callable[..., Policy]) -> Callable[..., Policy]:
     def wrapper(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return made(tuple(bound.arguments.items()))
+        counts = {key for key, parameter in signature.parameters.items() if parameter.annotation is int}
+        settings = bound.arguments.items()
+        return made(
+            tuple((key, _whole(make.__name__, key, value) if key in counts else value) for key, value in settings)
+        )
 
     return wrapper

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Draw(NamedTuple):
@@ -59,7 +60,8 @@ def sample(logits: jax.Array, draw: Draw | None, keys: jax.Array, position: jax.
     """
     if draw is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / draw.temperature
+    logits = logits - logits.max(axis=-1, keepdims=True)  # the likeliest stays at 0, however low the temperature
+    logits = logits / jnp.maximum(draw.temperature, jnp.finfo(jnp.float32).tiny)
     if draw.top_k is not None or draw.top_p is not None:
         logits = jnp.where(_allowed(logits, draw), logits, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in)(keys, position)
@@ -82,8 +84,12 @@ def _allowed(logits, draw):
 
 def row_keys(key: jax.Array | int | None, rows: int) -> jax.Array:
     """One key a row. `key` is a seed, one key, or a key for each row; None is seed 0."""
-    if key is None or isinstance(key, int):
-        key = jax.random.key(key or 0)
+    if key is None:
+        key = 0
+    if isinstance(key, int | np.integer):
+        key = jax.random.key(key)
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"sampling: key={key!r} must be a seed, a jax.random key, or a key for each row.")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # an old-style key: u32[2], or u32[rows, 2]
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:

@@ -17,7 +17,8 @@ def top_k(score: jax.Array, pos: jax.Array, budget: int) -> jax.Array:
     Returns:
       bool[B, H, N], at most `budget` true in a row.
     """
-    score = jnp.where(pos == FREE, -jnp.inf, score)
+    lowest = jnp.finfo(score.dtype).min  # for nan too, where attention overflowed: a token is worth more than no token
+    score = jnp.where(pos == FREE, -jnp.inf, jnp.where(score > lowest, score, lowest))
     excess = pos.shape[-1] - budget
     if excess <= 0:
         return pos != FREE

@@ -276,7 +276,7 @@ def test_a_directory_is_no_prompt_file(refused, here):
     assert "'folder'" in refused("generate", "--file", "folder")
 
 
-@pytest.mark.parametrize("given", [["hi", "--file", "prompt.txt"], [], [""]], ids=["both", "neither", "empty"])
+@pytest.mark.parametrize("given", [["hi", "--file", "prompt.txt"], [], [""], [" \n"]])
 @pytest.mark.parametrize("command", ["generate", "view"])
 def test_one_prompt_is_wanted(command, given, refused, here):
     (here / "prompt.txt").write_text("hi", "utf-8")
@@ -305,10 +305,18 @@ def test_settings_of_generate_that_do_not_fit_are_refused(given, named, refused,
         ("--budgets nan", "budgets='nan' must be fractions"),
         ("--budgets 256", "fractions=(256.0,) must be above 0 and at most 1"),
         ("--budgets 0", "fractions=(0.0,) must be above 0 and at most 1"),
-        ("--budgets 1/500", "is part of budget=2"),
+        ("--budgets 1/500", "sinks=4 is outside 0..1. The sinks are part of budget=2"),
         ("--methods h2o,best", "there is no method 'best'; there are full, "),
         ("--methods h2o,", "there is no method ''"),
         ("--contexts 3", "contexts=3 and prose=4 must be multiples of group=4"),
+        ("--contexts 0", "contexts=0 must be at least 1"),
+        ("--prose 0", "prose=0 must be at least 1"),
+        ("--group 0", "group=0 must be at least 1"),
+        ("--per-kind 0", "per_kind=0 must be at least 1"),
+        ("--per-kind 13", "per_kind=13 is above 12"),
+        ("--forced 3", "forced=3 must be at least 4"),
+        ("--seed -1", "seed=-1 must be at least 0"),
+        ("--tokens 2000", "tokens=2000 and what follows do not fit the model's context of 2048 tokens"),
         ("--model nosuch", "there is no 'nosuch' here"),
         ("--dtype float99", "dtype='float99'"),
     ],
@@ -317,8 +325,15 @@ def test_comparisons_that_cannot_be_made_are_refused(given, named, refused, tiny
     assert named in refused("compare", "--model", tiny, *given.split())
 
 
-def test_a_checkpoint_without_a_tokenizer_is_refused(refused):
-    assert "without a tokenizer" in refused("generate", "hi", "--model", REFERENCE.with_name("linear"))
+@pytest.mark.parametrize("command", ["generate hi", "view hi --policy full", "compare"])
+def test_a_checkpoint_without_a_tokenizer_is_refused(command, refused):
+    assert "without a tokenizer" in refused(*command.split(), "--model", REFERENCE.with_name("linear"))
+
+
+def test_contexts_too_short_for_their_facts_are_refused(tiny):
+    result = run("compare", "--model", tiny, "--tokens", 200)
+    assert result.exit_code == 2
+    assert re.search(r"too few to hide 6 facts between\. Give more tokens", result.stderr.splitlines()[-1])
 
 
 def test_options_that_are_no_numbers_are_named():

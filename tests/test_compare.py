@@ -196,6 +196,12 @@ def test_answers_are_those_of_decode(heard):
 # ---- what cannot be measured ----
 
 
+@pytest.mark.parametrize("name", ["tokens", "contexts", "per_kind", "prose", "forced", "group"])
+def test_nothing_to_measure_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least"):
+        Size(**{name: 0})
+
+
 @pytest.mark.parametrize("given", [{"contexts": 3}, {"prose": 5}, {"group": 3}])
 def test_rows_that_do_not_fill_a_group_are_refused(given):
     with pytest.raises(ValueError, match=r"must be multiples of group=\d"):
@@ -294,4 +300,3 @@ def test_smollm2_finds_facts_with_a_full_cache_and_loses_by_method():
     assert 0.001 < h2o.kl < random.kl
     assert random.score < full.score
     assert full.decode_speed < 2000  # tokens/s: a unit gone wrong
-    print(full, h2o, random)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from tests.tiny import CONFIG, random_params, random_tokens
 PARAMS = random_params()
 TOKENS, LENGTHS, MORE = random_tokens(3, 24), (24, 13, 3), random_tokens(3, 12, seed=1)
 ROOM = TOKENS.shape[1] + MORE.shape[1]  # no sequence here is longer
-STEP = jax.jit(kvjax.step, donate_argnames="cache")
 
 
 def followed_by(more):
@@ -43,7 +41,7 @@ def test_a_budget_as_long_as_the_sequence_gives_the_logits_of_plain_attention(ro
     logits, cache = kvjax.prefill(PARAMS, policy, TOKENS, lengths=LENGTHS, chunk=chunk, room=MORE.shape[1])
     assert_allclose(logits, last_logits(plain, 0), atol=1e-4)
     for i in range(MORE.shape[1]):
-        logits, cache = STEP(PARAMS, policy, MORE[:, i], cache)
+        logits, cache = kvjax.step(PARAMS, policy, MORE[:, i], cache)
         assert_allclose(logits, last_logits(plain, i + 1), atol=1e-4)
 
 

@@ -76,7 +76,7 @@ def test_wider_padding_changes_nothing_whatever_it_is(row, chunk):
 
 @every_method
 def test_a_row_without_a_token_in_a_step_keeps_its_cache_bit_for_bit(row):
-    policy, step = row.make(BUDGET), jax.jit(kvjax.step)
+    policy, step = row.make(BUDGET), kvjax.step
     logits, cache = kvjax.prefill(PARAMS, policy, TOKENS, lengths=LENGTHS, room=2)
     _, cache = step(PARAMS, policy, jnp.asarray([1, 2, 3]), cache)
     all_go, after_all = step(PARAMS, policy, jnp.asarray([4, 5, 6]), cache)

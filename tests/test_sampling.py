@@ -80,11 +80,10 @@ def test_decoding_goes_on_from_the_result_as_if_it_had_never_stopped(row):
         token = logits.argmax(axis=-1)
         assert_array_equal(token, whole.tokens[:, 10])
         logits, cache = kvjax.prefill(PARAMS, policy, token[:, None], cache=cache, room=9)
-    step = jax.jit(kvjax.step)
     for i in range(11 if policy.budget is None else 10, 20):
         token = logits.argmax(axis=-1)
         assert_array_equal(token, whole.tokens[:, i])
-        logits, cache = step(PARAMS, policy, token, cache)
+        logits, cache = kvjax.step(PARAMS, policy, token, cache)
     assert_allclose(logits, whole.logits, atol=1e-5)
     for got, want in zip(cache.layers, whole.cache.layers, strict=True):
         assert all(kept_positions(got, b) == kept_positions(want, b) for b in range(3))

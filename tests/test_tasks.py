@@ -114,6 +114,17 @@ def test_facts_lie_in_every_part_of_a_context():
     assert (share > 0.15).all()  # a quarter each, were there no chance in it
 
 
+def test_contexts_longer_than_the_prose_begin_it_again():
+    (context,) = make_contexts(contexts=1, tokens=60_000)
+    assert 59_900 < len(words(context.text)) <= 60_000
+    assert [context.text.count(fact) for fact in facts_of(context)] == [1] * 6
+
+
+def test_a_context_too_short_for_its_facts_is_refused():
+    with pytest.raises(ValueError, match="150 tokens hold . sentences of prose, too few to hide 6 facts between"):
+        make_contexts(tokens=150)
+
+
 # ---- questions ----
 
 
@@ -181,6 +192,10 @@ def test_prose_rows_are_prose():
     text = "".join(f"{one:06}" for one in encoded)
     for row in tasks.prose_rows(ids, rows=4, tokens=300, seed=0):
         assert "".join(f"{one:06}" for one in row) in text
+
+
+def test_prose_rows_can_be_long():
+    assert tasks.prose_rows(ids, rows=2, tokens=6000, seed=0).shape == (2, 6000)
 
 
 def test_prose_rows_repeat_and_differ():

@@ -21,6 +21,8 @@ def random(budget: int, *, seed: int = 0) -> Policy:
       seed: Of the draws.
     """
     check_budget("random", budget)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"random: seed={seed} is outside 0..{2**32 - 1}; it is mixed into 32 bits.")
 
     def score(cache, seen):
         head = jnp.arange(cache.pos.shape[1], dtype=jnp.uint32)[None, :, None]
