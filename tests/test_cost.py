@@ -119,7 +119,8 @@ def test_a_prefill_in_chunks_never_has_a_layer_at_full_length(row, alive):
 
 
 def test_a_prefill_under_jit_holds_no_more_layers_at_full_length_when_the_model_has_more():
-    batch, count, head_dim = 2, 512, 64  # wide heads: beside them the masks, which XLA may hoist, are small
+    # Short enough for attention and MLP to need no loop: on a CPU, XLA zeroes the outputs of all loops at the start.
+    batch, count, head_dim = 2, 256, 64
 
     def temporaries(layers):
         params = random_params(dataclasses.replace(CONFIG, layers=layers, context=count, head_dim=head_dim))
@@ -127,7 +128,7 @@ def test_a_prefill_under_jit_holds_no_more_layers_at_full_length_when_the_model_
         return run.compile().memory_analysis().temp_size_in_bytes
 
     layer = 2 * batch * CONFIG.kv_heads * count * head_dim * 4
-    assert temporaries(6) - temporaries(2) < layer + 4 * 2**19  # four layers more: half a MiB of masks each
+    assert temporaries(6) - temporaries(2) < layer  # four layers more
 
 
 def compiled_step(policy, config, batch, slots):

@@ -21,7 +21,7 @@ def ids(text: str) -> list[int]:
 
 
 @functools.cache
-def make_contexts(contexts: int = 3, tokens: int = 400, per_kind: int = 2, seed: int = 0) -> tuple[tasks.Context, ...]:
+def make_contexts(contexts: int = 3, tokens: int = 600, per_kind: int = 2, seed: int = 0) -> tuple[tasks.Context, ...]:
     made = tasks.fact_contexts(
         lambda text: len(words(text)), contexts=contexts, tokens=tokens, per_kind=per_kind, seed=seed
     )
@@ -76,7 +76,7 @@ def test_a_context_does_not_depend_on_how_many_there_are():
     assert make_contexts(contexts=3)[:2] == make_contexts(contexts=2)
 
 
-@pytest.mark.parametrize("tokens", [300, 400, 1000])
+@pytest.mark.parametrize("tokens", [600, 1000, 2000])
 @pytest.mark.parametrize("seed", range(5))
 def test_contexts_fill_the_limit_and_do_not_pass_it(tokens, seed):
     counts = [len(words(context.text)) for context in make_contexts(tokens=tokens, seed=seed)]
@@ -93,7 +93,7 @@ def test_contexts_hold_every_fact_and_its_answer_once(seed):
 
 
 def test_contexts_have_as_many_questions_of_each_kind_as_asked_for():
-    (context,) = make_contexts(contexts=1, per_kind=3, tokens=600)
+    (context,) = make_contexts(contexts=1, per_kind=3, tokens=1000)
     assert [question.kind for question in context.questions] == [kind.name for kind in KINDS for _ in range(3)]
     assert len({question.text for question in context.questions}) == 9
 
