@@ -128,7 +128,7 @@ def test_a_prefill_under_jit_holds_no_more_layers_at_full_length_when_the_model_
         return run.compile().memory_analysis().temp_size_in_bytes
 
     layer = 2 * batch * CONFIG.kv_heads * count * head_dim * 4
-    assert temporaries(6) - temporaries(2) < layer  # four layers more
+    assert temporaries(6) - temporaries(2) < 2 * layer  # four layers more would add 4 * layer, were they kept whole
 
 
 def compiled_step(policy, config, batch, slots):
