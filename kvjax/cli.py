@@ -77,6 +77,7 @@ def generate(
             f"{held.tokens} tokens; {speed} after the first",
             style="dim",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -113,9 +114,9 @@ def compare(
         names = list(comparing.AT_BUDGET) if methods == "all" else methods.split(",")
         size = comparing.Size(tokens, fractions, contexts, per_kind, prose, forced, group, seed)
         comparing.plan(names, size)  # refuses what cannot be done before anything is loaded
-        out.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         loaded = _load(model, dtype)
+        comparing.check_fits(loaded, size)
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("reading")
@@ -136,6 +137,7 @@ def compare(
         for row in rows:
             table.add_row(*tables.cells(row))
         Console(width=None if sys.stdout.isatty() else 150).print(table)
+        out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "compare.md", f"{title}\n\n{tables.markdown(rows)}")
         write_whole(out / "compare.csv", tables.comma_separated(rows))
         written = ["compare.md", "compare.csv"]
@@ -143,7 +145,7 @@ def compare(
             write_whole(out / "compare.png", tables.picture(rows, title))
             written.append("compare.png")
         except ModuleNotFoundError as error:
-            console.print(f"no picture: {error}. pip install 'kvjax[plot]'", style="yellow")
+            console.print(f"no picture: {error}. pip install 'kvjax[plot]'", style="yellow", markup=False)
         seconds = time.perf_counter() - started
         print(f"{', '.join(str(out / name) for name in written)} written after {seconds:.0f} s")
 
@@ -212,7 +214,7 @@ def _policy(name: str, **settings):
 
 
 def _prompt(prompt: str, file: Path | None) -> str:
-    if bool(prompt) == bool(file):
+    if bool(prompt.strip()) == bool(file):
         raise ValueError("give a prompt or --file, one of them.")
     if file is None:
         return prompt

@@ -32,6 +32,7 @@ AT_BUDGET: dict[str, Callable[[int], Policy]] = {
     "random": lambda budget: policies.random(budget),
 }
 PROMPT = "Read this text and remember it.\n\n{context}\n\n"
+QUESTION_TOKENS = 64  # of a question and its answer, about
 ANSWER_TOKENS = 18  # "The secret code of Nairobi is 1234567" and a little more
 
 
@@ -60,6 +61,13 @@ class Size:
     seed: int = 0
 
     def __post_init__(self):
+        least = {"tokens": 1, "contexts": 1, "per_kind": 1, "prose": 1, "forced": 4, "group": 1, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"compare: {name}={getattr(self, name)} must be at least {bound}.")
+        most = min(len(kind.keys) for kind in tasks.KINDS)
+        if self.per_kind > most:
+            raise ValueError(f"compare: per_kind={self.per_kind} is above {most}, the facts that a kind has.")
         if self.contexts % self.group or self.prose % self.group:
             raise ValueError(
                 f"compare: contexts={self.contexts} and prose={self.prose} must be multiples of group={self.group}, "
@@ -115,9 +123,11 @@ def compare(
       advance: Called with (what is being done, steps done, steps in all).
 
     Raises:
-      ValueError: If a method has no such name, or a budget is too small for it.
+      ValueError: If a method has no such name, a budget is too small for it, or the model has no tokenizer or too short a
+        context.
     """
     rows = plan(methods, size)
+    check_fits(model, size)
     speeds = {row.method for row in rows}
     groups = (size.contexts + size.prose) // size.group
     steps = groups * (len(rows) + 2) + len(speeds)
@@ -130,6 +140,17 @@ def compare(
     _measure_prose(model, rows, size, tick)
     _measure_prefill(model, rows, size, tick)
     return rows
+
+
+def check_fits(model: Model, size: Size) -> None:
+    """Refuses a model that cannot do what is to be measured. Raises ValueError as `compare` does."""
+    if model.tokenizer is None:
+        raise ValueError("compare: this checkpoint came without a tokenizer, and the tasks are text.")
+    if size.tokens + max(size.forced, QUESTION_TOKENS) > model.config.context:
+        raise ValueError(
+            f"compare: tokens={size.tokens} and what follows do not fit the model's context of {model.config.context} "
+            f"tokens. Give fewer."
+        )
 
 
 def plan(methods: Sequence[str], size: Size) -> list[Row]:

@@ -24,6 +24,10 @@ class Mass(NamedTuple):
 
     last: int | None = None
 
+    def __lt__(self, other: "Mass") -> bool:
+        """An order, which jax wants of the keys of a dictionary; the one that counts all queries comes first."""
+        return (self.last or 0) < (other.last or 0)
+
 
 class Masses(dict[Mass, jax.Array]):
     """The statistics that a policy asked for; another one is refused by name."""

@@ -80,6 +80,11 @@ def prose() -> list[str]:
     return [sentence for sentence in found if 40 <= len(sentence) <= 300]
 
 
+def _repeated(sentences: list[str], tokens: int) -> list[str]:
+    """The sentences again and again, until there are enough for `tokens` from anywhere in the first half."""
+    return sentences * (2 + tokens // (4 * len(sentences)))  # a sentence has 4 tokens at least
+
+
 def fact_contexts(count_tokens, *, contexts: int, tokens: int, per_kind: int, seed: int) -> Iterator[Context]:
     """Contexts of prose of at most `tokens` tokens, with `per_kind` facts of each kind hidden at random places.
 
@@ -90,7 +95,7 @@ def fact_contexts(count_tokens, *, contexts: int, tokens: int, per_kind: int, se
       per_kind: Facts, and questions, of each kind in a context.
       seed: Of facts, places and prose.
     """
-    sentences = prose()
+    sentences = _repeated(prose(), tokens)
     for i in range(contexts):
         rng = np.random.default_rng([seed, i])
         facts, questions = [], []
@@ -103,11 +108,16 @@ def fact_contexts(count_tokens, *, contexts: int, tokens: int, per_kind: int, se
             for key, answer in zip(keys, answers, strict=True):
                 facts.append(kind.sentence.format(key=key, answer=answer))
                 questions.append(Question(kind.name, kind.question.format(key=key), str(answer)))
-        start = int(rng.integers(len(sentences) - tokens // 4))
+        start = int(rng.integers(len(sentences) // 2))
         left = tokens - count_tokens(" ".join(facts)) - len(facts)
         filler = []
         while (left := left - count_tokens(" " + sentences[start + len(filler)])) >= 0:
             filler.append(sentences[start + len(filler)])
+        if len(filler) < len(facts):
+            raise ValueError(
+                f"tasks: {tokens} tokens hold {len(filler)} sentences of prose, too few to hide {len(facts)} facts "
+                f"between. Give more tokens or fewer facts."
+            )
         places = np.sort(rng.choice(len(filler), len(facts), replace=False))
         shuffled = rng.permutation(len(facts))
         for place, fact in zip(places[::-1], shuffled, strict=True):
@@ -124,7 +134,7 @@ def prose_rows(encode, *, rows: int, tokens: int, seed: int) -> np.ndarray:
       tokens: Length of each.
       seed: Of the places.
     """
-    sentences = prose()
-    places = np.random.default_rng([seed, 10**6]).choice(len(sentences) - tokens // 4, rows, replace=False)
+    sentences = _repeated(prose(), tokens)
+    places = np.random.default_rng([seed, 10**6]).choice(len(sentences) // 2, rows, replace=False)
     texts = (" ".join(sentences[place : place + tokens // 4]) for place in places)
     return np.array([encode(text)[:tokens] for text in texts], np.int32)
