@@ -223,12 +223,14 @@ def _over_blocks(attend_block, size, queries):
     shapes = jax.eval_shape(attend_block, jax.tree.map(lambda x: x[0], stacked))[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def body(total, block):
-        columns, outs = attend_block(block)
-        return jax.tree.map(jnp.add, total, columns), outs
+    def body(carry, block):  # the output takes the place of the queries, for the reason given in `llama.finish`
+        i, total, queries = carry
+        columns, (out, lse) = attend_block((queries[i], *block))
+        return (i + 1, jax.tree.map(jnp.add, total, columns), queries.at[i].set(out.astype(queries.dtype))), lse
 
-    columns, outs = jax.lax.scan(body, zeros, stacked)
-    return columns, jax.tree.map(join, outs)
+    stacked_q, *stacked_rest = stacked
+    (_, columns, out), lse = jax.lax.scan(body, (0, zeros, stacked_q), tuple(stacked_rest))
+    return columns, (join(out), join(lse))
 
 
 def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):

@@ -123,8 +123,8 @@ def compare(
       advance: Called with (what is being done, steps done, steps in all).
 
     Raises:
-      ValueError: If a method has no such name, a budget is too small for it, or the model has no tokenizer or too short a
-        context.
+      ValueError: If a method has no such name, a budget is too small for it, or the model has no
+        tokenizer or too short a context.
     """
     rows = plan(methods, size)
     check_fits(model, size)

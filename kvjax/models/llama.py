@@ -111,9 +111,15 @@ def finish(block: Block, x: jax.Array, attended: jax.Array, config: Config) -> j
     whole = rows.shape[0] // MLP_ROWS * MLP_ROWS
     if whole <= MLP_ROWS:
         return _mlp(block, rows, config).reshape(x.shape)
-    blocks = jax.lax.map(lambda some: _mlp(block, some, config), rows[:whole].reshape(-1, MLP_ROWS, config.width))
-    rest = _mlp(block, rows[whole:], config)
-    return jnp.concatenate([blocks.reshape(whole, -1), rest]).reshape(x.shape)
+
+    def replace(i, rows):  # in place: XLA on a CPU would allocate the outputs of all layers' loops at once
+        some = jax.lax.dynamic_slice_in_dim(rows, i * MLP_ROWS, MLP_ROWS)
+        return jax.lax.dynamic_update_slice_in_dim(rows, _mlp(block, some, config), i * MLP_ROWS, axis=0)
+
+    rows = jax.lax.fori_loop(0, whole // MLP_ROWS, replace, rows)
+    if whole < rows.shape[0]:
+        rows = rows.at[whole:].set(_mlp(block, rows[whole:], config))
+    return rows.reshape(x.shape)
 
 
 def _mlp(block: Block, x: jax.Array, config: Config) -> jax.Array:
