@@ -101,9 +101,10 @@ def picture(rows: Sequence["Row"], title: str) -> bytes:
     panels[0].set_ylim(-0.03, 1.03)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[1].set_ylabel("KL(full || compressed) on prose [nats]")
-    panels[1].set_ylim(bottom=0)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.suptitle(title, fontsize=11)
+    if others and min(row.kl for row in others) > 0:
+        panels[1].set_yscale("log")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.suptitle(title, fontsize=9)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150)
     plt.close(figure)
