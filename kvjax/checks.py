@@ -113,8 +113,9 @@ def check_step(params: Params, policy: Policy, token, cache: Cache) -> None:
     if wrong.size:
         raise ValueError(f"token {wrong[0]} is outside 0..{config.vocab - 1}, the model's vocabulary; -1 stops a row.")
     longest = int(np.max(np.asarray(cache.length), where=ids >= 0, initial=-1))
-    if policy.ranks is None and longest >= config.context:
-        raise ValueError(f"position {longest} is beyond the model's context of {config.context} tokens. Start anew.")
+    position = longest if policy.ranks is None else min(longest, policy.capacity(longest) - 1)
+    if position >= config.context:
+        raise ValueError(f"position {position} is beyond the model's context of {config.context} tokens. Start anew.")
     slots = min(layer.slots for layer in cache.layers)
     if policy.budget is None and longest >= slots:
         raise ValueError(

@@ -61,7 +61,7 @@ class Params:
     blocks: tuple[Block, ...]
     norm: jax.Array  # [width]
     unembed: jax.Array | None  # [vocab, width]; None where tied to `embed`
-    heads: Any  # trained eviction heads, see `kvjax.with_heads`; {} without
+    heads: Any  # trained eviction heads, for the policies that learn; {} without
     config: Config = dataclasses.field(metadata={"static": True})
 
 
