@@ -21,3 +21,7 @@ def test_the_python_of_the_readme_runs_and_says_paris(capsys):
 def test_the_table_of_methods_has_a_line_for_each(name):
     assert re.search(rf"^\| `{name}[`(]", README, flags=re.M)
     assert f"kvjax/policies/{name}.py" in README
+
+
+def test_nothing_in_the_readme_waits_to_be_filled_in():
+    assert not re.search(r"^[A-Z]+$", README, flags=re.M)
