@@ -22,7 +22,7 @@ lint: .venv/ready
 # The rivals need torch; see the head of benchmarks/decode.py.
 bench: .venv/ready
 	$(BIN)/python -m pip install --quiet -e '.[peers]'
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python -m benchmarks.decode
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvjax needs Python 3.11 or newer; say make PYTHON=python3.11")'

@@ -1,19 +1,20 @@
 """kvjax on a CPU beside transformers and kvpress: SmolLM2 in f32, each figure with its rival in the same run, in turns.
 
+The rivals run in a process of their own (`rivals.py`), which sleeps while kvjax is timed, and the other way round.
+
 `make bench` installs the rivals (torch, transformers, kvpress) and runs it; about ten minutes on two cores. On a
 machine without a GPU install the CPU build of torch first. Writes a table and benchmarks/results/decode-cpu.json.
 """
 
 import argparse
-import functools
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
+from benchmarks.rivals import Rivals
 from kvjax import decoding, policies, tasks
 
 LENGTH, BUDGET, ROWS, NEW = 2048, 256, 8, 32
@@ -29,15 +31,21 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def in_turns(runs: int, **contenders) -> dict[str, float]:
-    """Median seconds of each of `contenders`, called in turns after one round that is not counted."""
+    """Median of the seconds that each of `contenders` returns, called in turns after one round that is not counted."""
     seconds = {name: [] for name in contenders}
     for i in range(runs + 1):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
+            taken = run()
             if i:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def timed(run) -> float:
+    """Seconds until what `run` returns is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
 
 
 class Stepper:
@@ -53,9 +61,12 @@ class Stepper:
         self.program = step.lower(params, policy, self.token, cache).compile()
         self.cache = cache
 
-    def __call__(self):
+    def __call__(self) -> float:
+        """Seconds of one step."""
+        start = time.perf_counter()
         logits, self.cache = self.program(self.params, self.policy, self.token, self.cache)
         self.token = jnp.argmax(logits, -1).astype(jnp.int32).block_until_ready()
+        return time.perf_counter() - start
 
     def memory(self) -> dict[str, float]:
         """Temporaries and aliased bytes of the compiled step, of the cache's bytes."""
@@ -67,25 +78,27 @@ class Stepper:
 
 
 def live_slots(params, policy, chunk) -> dict[str, int]:
-    """Most slots of a layer, and most layers above twice the budget, alive at once while 4096 tokens are prefilled."""
-    head_dim, seen = params.config.head_dim, {"longest": 0, "layers at full length": 0}
-    heads = params.config.kv_heads
+    """What is alive while 4096 tokens are prefilled: slots that the running layer has in hand, slots of the longest
+    layer between two layers, and how many layers are above twice the budget there."""
+    head_dim, heads = params.config.head_dim, params.config.kv_heads
+    seen = {"in hand": 0, "between layers": 0, "layers at full length": 0}
 
-    def watched(*args):
-        out = decoding_layer(*args)
+    def watched(block, x, cache, *rest):
+        out = run_layer(block, x, cache, *rest)
         jax.block_until_ready(out)
         slots = [
             a.shape[2] for a in jax.live_arrays() if a.ndim == 4 and a.shape[1] == heads and a.shape[3] == head_dim
         ]
-        seen["longest"] = max(seen["longest"], *slots)
+        seen["in hand"] = max(seen["in hand"], x.shape[1] + (0 if cache is None else cache.slots))
+        seen["between layers"] = max(seen["between layers"], *slots)
         seen["layers at full length"] = max(seen["layers at full length"], sum(n > 2 * BUDGET for n in slots) // 2)
         return out
 
-    decoding_layer, decoding.run_layer = decoding.run_layer, watched
+    run_layer, decoding.run_layer = decoding.run_layer, watched
     try:
         kvjax.prefill(params, policy, np.resize(np.arange(1000, 3000), (1, 4096)), chunk=chunk)
     finally:
-        decoding.run_layer = decoding_layer
+        decoding.run_layer = run_layer
     return seen
 
 
@@ -107,29 +120,25 @@ def first_call(cache_dir: str) -> float:
     return float(out)
 
 
-def torch_model():
-    """The same weights in transformers."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count())
-    path = kvjax.models.weights._find_smollm2()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return model.eval()
-
-
 def main(runs: int) -> None:
-    import kvpress
-    import torch
+    model = kvjax.load("smollm2")
+    tokens = tasks.prose_rows(
+        lambda text: model.encode([text], add_special_tokens=False)[0][0], rows=1, tokens=LENGTH, seed=1
+    )
+    with Rivals(tokens, ROWS, BUDGET, NEW) as rivals:
+        figures, notes = measure(model.params, tokens, rivals, runs)
+    RESULTS.mkdir(exist_ok=True)
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "torch", "transformers", "kvpress")
+    }
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    result = {"figures": figures, "notes": notes, "machine": machine, "versions": versions, "runs": runs}
+    (RESULTS / "decode-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(notes, indent=1))
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    params = kvjax.load("smollm2").params
-    encode = functools.partial(kvjax.load("smollm2").tokenizer.encode, add_special_tokens=False)
-    tokens = tasks.prose_rows(lambda text: encode(text).ids, rows=1, tokens=LENGTH, seed=1)
-    rival = torch_model()
-    ids = torch.tensor(tokens.astype(np.int64))
+
+def measure(params, tokens, rivals: Rivals, runs: int) -> tuple[dict[str, float], dict]:
+    """The figures asked, and notes on them."""
     figures, notes = {}, {}
 
     def show(name, value, reach):
@@ -137,12 +146,11 @@ def main(runs: int) -> None:
         print(f"{name:<66}{value:>10.3f}   reach {reach}", flush=True)
 
     # Prefill -------------------------------------------------------------------------------------------------------
-    with torch.inference_mode():
-        taken = in_turns(
-            runs,
-            kvjax=lambda: jax.block_until_ready(kvjax.prefill(params, policies.full(), tokens)),
-            transformers=lambda: rival(ids, use_cache=True, logits_to_keep=1),
-        )
+    taken = in_turns(
+        runs,
+        kvjax=lambda: timed(lambda: kvjax.prefill(params, policies.full(), tokens)),
+        transformers=lambda: rivals.seconds("prefill"),
+    )
     notes["prefill seconds"] = taken
     show("prefill 2048: tokens/s, full / transformers", taken["transformers"] / taken["kvjax"], ">= 1.2")
 
@@ -150,14 +158,8 @@ def main(runs: int) -> None:
     full = Stepper(params, policies.full(), tokens, ROWS)
     h2o = Stepper(params, policies.h2o(BUDGET, window=64), tokens, ROWS)
     streaming = Stepper(params, policies.streaming_llm(BUDGET), tokens, ROWS)
-    with torch.inference_mode():
-        past = rival(ids, use_cache=True).past_key_values
-        past.batch_repeat_interleave(ROWS)
-        token = torch.zeros((ROWS, 1), dtype=torch.long)
-        taken = in_turns(
-            3 * runs, full=full, h2o=h2o, streaming_llm=streaming,
-            transformers=lambda: rival(token, past_key_values=past, use_cache=True),
-        )  # fmt: skip
+    rivals.ask("fill")
+    taken = in_turns(5 * runs, full=full, h2o=h2o, streaming_llm=streaming, transformers=lambda: rivals.seconds("step"))
     notes["decode seconds a step, 8 rows"] = taken
     show("decode 8 rows, 2048 in cache: tokens/s, full / transformers", taken["transformers"] / taken["full"], ">= 1.5")
     show("decode 8 rows: time of h2o(256) / full at 2048", taken["h2o"] / taken["full"], "<= 0.6")
@@ -175,80 +177,36 @@ def main(runs: int) -> None:
     del full, h2o, streaming
 
     # kvpress -------------------------------------------------------------------------------------------------------
-    ratio = 1 - BUDGET / LENGTH
-    rivals = {
-        "snapkv": (policies.snapkv(BUDGET), kvpress.SnapKVPress(ratio)),
-        "streaming_llm": (policies.streaming_llm(BUDGET), kvpress.StreamingLLMPress(ratio)),
-        "keydiff": (policies.keydiff(BUDGET), kvpress.KeyDiffPress(ratio)),
-        "tova": (policies.tova(BUDGET), kvpress.TOVAPress(ratio)),
+    ours = {
+        "snapkv": policies.snapkv(BUDGET),
+        "streaming_llm": policies.streaming_llm(BUDGET),
+        "keydiff": policies.keydiff(BUDGET),
+        "tova": policies.tova(BUDGET),
     }
-    for name, (policy, press) in rivals.items():
-        with torch.inference_mode():
-            taken = in_turns(
-                runs,
-                kvjax=lambda policy=policy: kvjax.decode(params, policy, tokens, max_new_tokens=NEW),
-                kvpress=lambda press=press: press_and_decode(rival, press, ids),
-            )
+    for name, policy in ours.items():
+        taken = in_turns(
+            runs,
+            kvjax=lambda policy=policy: timed(lambda: kvjax.decode(params, policy, tokens, max_new_tokens=NEW)),
+            kvpress=lambda name=name: rivals.seconds("press", name),
+        )
         notes[f"{name}: prefill, compress and 32 tokens, seconds"] = taken
         show(
             f"{name}(256): prefill + compress + 32 tokens, time / kvpress", taken["kvjax"] / taken["kvpress"], "<= 0.8"
         )
         _, cache = kvjax.prefill(params, policy, tokens)
-        show(f"{name}(256): kept positions that kvpress keeps too", overlap(cache, kept_by(rival, press, ids)), "= 1")
+        kept, _ = rivals.ask("kept", name)
+        show(f"{name}(256): kept positions that kvpress keeps too", overlap(cache, kept), "= 1")
 
     # Prefill memory and first call ---------------------------------------------------------------------------------
-    whole = live_slots(params, policies.h2o(BUDGET, window=64), None)
-    pieces = live_slots(params, policies.h2o(BUDGET, window=64), BUDGET)
+    h2o = policies.h2o(BUDGET, window=64)
+    whole, pieces = live_slots(params, h2o, None), live_slots(params, h2o, BUDGET)
+    notes["slots while 4096 tokens are prefilled"] = {"in one piece": whole, "chunk=256": pieces}
     show("prefill 4096: layers at full length between layers", whole["layers at full length"], "<= 1")
-    show("prefill 4096 with chunk=256: slots of the longest layer", pieces["longest"], "< 512")
-    directory = str(Path(".cache/bench-programs").absolute())
-    notes["first call, cold, seconds"] = first_call(directory)
-    show("first call of decode, warm compilation cache [s]", first_call(directory), "< 10")
-
-    RESULTS.mkdir(exist_ok=True)
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "torch", "transformers", "kvpress")
-    }
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    result = {"figures": figures, "notes": notes, "machine": machine, "versions": versions, "runs": runs}
-    (RESULTS / "decode-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(notes, indent=1))
-
-
-def press_and_decode(model, press, ids):
-    """kvpress: prefill under the press, then greedy tokens at their true positions."""
-    import torch
-    import transformers
-
-    cache = transformers.DynamicCache()
-    with press(model):
-        out = model(ids, past_key_values=cache, logits_to_keep=1)
-    for i in range(NEW):
-        token = out.logits[:, -1:].argmax(-1)
-        at = torch.full((1, 1), ids.shape[1] + i)
-        out = model(token, past_key_values=cache, position_ids=at, logits_to_keep=1)
-    return out
-
-
-def kept_by(model, press, ids) -> list[np.ndarray]:
-    """Positions i64[H, budget] that the press keeps, a layer each."""
-    import torch
-    import transformers
-
-    kept, score = [], press.score
-
-    def watched(*args, **kwargs):
-        scores = score(*args, **kwargs)
-        kept.append(scores.topk(BUDGET, dim=-1).indices[0].numpy())
-        return scores
-
-    press.score = watched
-    try:
-        with torch.inference_mode(), press(model):
-            model(ids, past_key_values=transformers.DynamicCache(), logits_to_keep=1)
-    finally:
-        del press.score
-    return kept
+    show("prefill 4096 with chunk=256: slots of the longest layer", pieces["between layers"], "< 512")
+    with tempfile.TemporaryDirectory() as programs:
+        notes["first call of decode, nothing compiled, seconds"] = first_call(programs)
+        show("first call of decode, warm compilation cache [s]", first_call(programs), "< 10")
+    return figures, notes
 
 
 def overlap(cache, kept) -> float:
