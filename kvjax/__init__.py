@@ -4,7 +4,7 @@ from kvjax import policies
 from kvjax.attention import attend
 from kvjax.cache import Cache, LayerCache, nbytes
 from kvjax.decoding import Decoded, decode, empty_cache, prefill, step
-from kvjax.models.llama import Params
+from kvjax.models.llama import Params, with_heads
 from kvjax.models.rope import Rope
 from kvjax.models.weights import Model, load
 from kvjax.policy import Policy
@@ -27,4 +27,5 @@ __all__ = [
     "prefill",
     "report",
     "step",
+    "with_heads",
 ]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import FREE, LayerCache, LayerShape, extend, write
 from kvjax.models.rope import Rope, rotate
-from kvjax.policy import Mass, Masses, Policy, Seen
+from kvjax.policy import Mass, Masses, Policy, Seen, check_policy
 
 SPANS = 16  # static prefixes that a long call is cut into
 BLOCK_LOGITS = 2**17  # queries times slots of one block, for each query head; 64 queries over 2048 slots
@@ -62,10 +62,12 @@ def attend(
       layer: Index of the layer, for policies that draw at random.
 
     Returns:
-      The output [B, T, Hq, D] (0 for padding), and the layer's new cache.
+      The output [B, T, Hq, D] (0 for padding), and the layer's new cache. Where a policy that keeps every token has no
+      free slot for a single one, its output is nan: under jit there is no other way to say so.
 
     Raises:
-      ValueError: If the shapes do not fit together, or if the policy gives positions anew and there is no `rope`.
+      ValueError: If the shapes do not fit together; if the policy gives positions anew and there is no `rope`; or,
+        outside jit, if a policy that keeps every token has no free slot for a single one.
     """
     _check(q, k, v, cache, policy, positions, rope, capacity)
     batch, count, q_heads, head_dim = q.shape
@@ -78,7 +80,15 @@ def attend(
 
     if cache is None:
         cache = policy.init(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
+    lost = None
     if count == 1 and cache.slots > 0:
+        if policy.budget is None:
+            lost = (cache.pos != FREE).all(axis=-1) & (positions >= 0)  # [B, H]
+            if not isinstance(lost, jax.core.Tracer) and lost.any():
+                raise ValueError(
+                    f"attend: all {cache.slots} slots of a row hold tokens, and {policy.name} frees none. Give the "
+                    f"call before this one capacity=, with room for the tokens to come."
+                )
         capacity = cache.slots
         cache = write(cache, k[:, :, 0], v[:, :, 0], positions[:, 0])
     else:
@@ -106,6 +116,8 @@ def attend(
         bias=None if policy.bias is None else policy.bias(cache),
         sliding_window=sliding_window,
     )
+    if lost is not None:
+        attended = attended._replace(out=jnp.where(lost[:, :, None, None, None], jnp.nan, attended.out))
     cache = policy.update(cache, Seen(positions, q, Masses(attended.mass)), capacity)
     out = attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim)
     return out, cache
@@ -117,8 +129,7 @@ def _after(anchor: jax.Array, x: jax.Array) -> jax.Array:
     Nothing else in a layer's ranks waits for the layer below, and XLA on a CPU, which ignores optimization barriers,
     would compute the angles of all layers at once and hold them: a fifth of the cache.
     """
-    first = anchor.ravel()[0]
-    return x + (first != first).astype(x.dtype)  # 0, unless all is nan anyway
+    return x + (anchor.ravel()[0] > jnp.inf).astype(x.dtype)  # 0, which XLA does not see
 
 
 def _own(ranks: jax.Array, pos: jax.Array, positions: jax.Array) -> jax.Array:
@@ -309,6 +320,7 @@ def _counted(need: Mass, q_pos, newest):
 
 
 def _check(q, k, v, cache, policy, positions, rope, capacity):
+    check_policy(policy)
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"attend: q {q.shape} must be [B, T, q_heads, D], and k {k.shape} [B, T, kv_heads, D].")
     batch, count, q_heads, head_dim = q.shape
@@ -325,6 +337,8 @@ def _check(q, k, v, cache, policy, positions, rope, capacity):
         raise ValueError(
             f"attend: positions have shape {positions.shape}; q of shape {q.shape} wants {(batch, count)}."
         )
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"attend: positions are {positions.dtype}, and must be integers, i32[B, T]; -1 marks padding.")
     if policy.ranks is not None and rope is None:
         raise ValueError(
             f"attend: {policy.name} gives cached tokens new positions, so it must rotate the keys itself. Pass q and k "

@@ -23,7 +23,11 @@ FREE = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """The slots of one layer. Slot order carries no meaning; `pos` does."""
+    """The slots of one layer. Slot order carries no meaning; `pos` does.
+
+    Methods that choose the same tokens for all heads (streaming_llm, tova) rely on this: their heads hold them in the
+    same slots. So permute slots of all heads alike, or not at all.
+    """
 
     k: jax.Array  # [B, H, N, D]; rotated before storing, unless the policy gives positions anew
     v: jax.Array  # [B, H, N, D]

@@ -17,9 +17,19 @@ def known(*arrays) -> bool:
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
+def as_array(name: str, given):
+    """`given` with a shape and a dtype: lists become numpy arrays."""
+    if hasattr(given, "dtype"):
+        return given
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise ValueError(f"{name} has rows of different lengths. Pad them on the right: see model.encode.") from None
+
+
 def check_tokens(tokens) -> tuple[int, int]:
     """Shape (B, T) of `tokens`, which must be integers and not empty."""
-    shape, dtype = np.shape(tokens), jnp.result_type(tokens)
+    shape, dtype = tokens.shape, tokens.dtype
     if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
             f"tokens are {dtype}{list(shape)}, and must be integers [B, T], padded on the right: see model.encode."
@@ -31,9 +41,9 @@ def check_tokens(tokens) -> tuple[int, int]:
 
 def check_lengths(lengths, batch: int, count: int) -> jax.Array:
     """`lengths` as i32[B], each within 1..T; None stands for T."""
-    if lengths is not None and not jnp.issubdtype(jnp.result_type(jnp.asarray(lengths)), jnp.integer):
-        raise ValueError(f"lengths are {jnp.asarray(lengths).dtype}, and must be integers, i32[B].")
-    lengths = jnp.full(batch, count, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    lengths = np.full(batch, count, np.int32) if lengths is None else as_array("lengths", lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"lengths are {lengths.dtype}, and must be integers, i32[B].")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths have shape {lengths.shape}; tokens of shape {(batch, count)} want {(batch,)}.")
     if known(lengths):
@@ -44,14 +54,17 @@ def check_lengths(lengths, batch: int, count: int) -> jax.Array:
                 f"lengths[{bad[0]}]={values[bad[0]]} is outside 1..{count}, the width of tokens. Give every row at "
                 f"least one token, and widen tokens to the longest row."
             )
-    return lengths
+    return jnp.asarray(lengths, jnp.int32)
 
 
-def check_stop(stop) -> jax.Array:
+def check_stop(config: Config, stop) -> jax.Array:
     """Stop tokens as i32[K]."""
     ids = np.asarray(stop)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(f"stop={stop!r} must be a sequence of token ids, such as model.stop_tokens.")
+    wrong = ids[(ids < 0) | (ids >= config.vocab)]
+    if wrong.size:
+        raise ValueError(f"stop={stop!r}: {wrong[0]} is outside 0..{config.vocab - 1}, the model's vocabulary.")
     return jnp.asarray(ids, jnp.int32)
 
 
@@ -99,12 +112,12 @@ def check_cache(params: Params, policy: Policy, cache: Cache, batch: int) -> Non
 
 def check_step(params: Params, policy: Policy, token, cache: Cache) -> None:
     """One token id a row, -1 in rows that have stopped; those that go on need a position, and a slot."""
-    if np.ndim(token) != 1 or not jnp.issubdtype(jnp.result_type(token), jnp.integer):
+    if token.ndim != 1 or not jnp.issubdtype(token.dtype, jnp.integer):
         raise ValueError(
-            f"token has shape {np.shape(token)} and type {jnp.result_type(token)}, and must be i32[B], one a row. See "
+            f"token has shape {token.shape} and type {token.dtype}, and must be i32[B], one a row. See "
             f"prefill for more."
         )
-    check_cache(params, policy, cache, np.shape(token)[0])
+    check_cache(params, policy, cache, token.shape[0])
     if not known(token, cache.length):
         return
     config = params.config

@@ -63,11 +63,11 @@ def generate(
                 sys.stdout.flush()
                 shown = whole
 
-        with console.status(f"reading {int(lengths[0])} tokens (the first call compiles)") as status:
+        with _working(f"reading {int(lengths[0])} tokens (the first call compiles)") as bar:
             out = kvjax.decode(
                 loaded.params, chosen, tokens, lengths=lengths, max_new_tokens=max_new_tokens, chunk=chunk,
                 stop=loaded.stop_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=seed,
-                on_token=lambda new: (status.stop(), show(new)),
+                on_token=lambda new: (bar.stop(), show(new)),
             )  # fmt: skip
         print(loaded.decode(said)[len(shown) :])
         held = kvjax.report(out.cache)
@@ -117,6 +117,7 @@ def compare(
         started = time.perf_counter()
         loaded = _load(model, dtype)
         comparing.check_fits(loaded, size)
+        out.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of work
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("reading")
@@ -137,7 +138,6 @@ def compare(
         for row in rows:
             table.add_row(*tables.cells(row))
         Console(width=None if sys.stdout.isatty() else 150).print(table)
-        out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "compare.md", f"{title}\n\n{tables.markdown(rows)}")
         write_whole(out / "compare.csv", tables.comma_separated(rows))
         written = ["compare.md", "compare.csv"]
@@ -152,11 +152,11 @@ def compare(
 
 @app.command()
 def view(
+    policy: PolicyOption,
     prompt: Annotated[str, typer.Argument(help="What the user says; the model's chat template goes around it.")] = "",
     file: FileOption = None,
     model: ModelOption = "smollm2",
     dtype: DtypeOption = "float32",
-    policy: PolicyOption = "h2o",
     budget: BudgetOption = None,
     window: WindowOption = None,
     sinks: SinksOption = None,
@@ -174,13 +174,24 @@ def view(
         text = _prompt(prompt, file)
         loaded = _load(model, dtype)
         tokens, lengths = _encode(loaded, text)
-        with console.status(f"reading {int(lengths[0])} tokens (the first call compiles)"):
+        with _working(f"reading {int(lengths[0])} tokens (the first call compiles)"):
             _, cache = kvjax.prefill(loaded.params, chosen, tokens, lengths=lengths, chunk=chunk)
             kept = viewing.kept(cache)
         words = [loaded.tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens[0]]
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, viewing.page(words, kept, title=str(chosen), subtitle=f"{model}, {len(words)} tokens"))
         print(f"{out} written: {chosen} keeps {kept.mean():.1%} of {len(words)} tokens")
+
+
+@contextlib.contextmanager
+def _working(what: str):
+    """A bar that moves, with the time so far, for work whose steps cannot be counted; it leaves nothing behind."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(what, total=None)
+        yield bar
 
 
 @contextlib.contextmanager
@@ -236,7 +247,7 @@ def _load(name: str, dtype: str):
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "kvjax" / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    with console.status(f"loading {name}"):
+    with _working(f"loading {name}"):
         return kvjax.load(name, dtype=dtype)
 
 

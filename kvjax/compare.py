@@ -91,7 +91,8 @@ class Row:
       bytes: Of the cache of one context, once compressed.
       share: The same, of a full cache.
       prefill_speed: Prompt tokens per second, one row.
-      decode_speed: Tokens per second, `Size.group` rows together.
+      decode_speed: Tokens per second, `Size.group` rows together, each layer a program of its own (see above); the one
+        program of `kvjax.decode` is faster, and what benchmarks measure.
     """
 
     method: str

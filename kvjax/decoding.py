@@ -17,6 +17,7 @@ import numpy as np
 from kvjax.attention import attend
 from kvjax.cache import FREE, Cache, LayerCache, LayerShape, resize
 from kvjax.checks import (
+    as_array,
     check_cache,
     check_context,
     check_ids,
@@ -26,9 +27,10 @@ from kvjax.checks import (
     check_tokens,
     known,
 )
+from kvjax.counts import whole
 from kvjax.models import llama
 from kvjax.models.llama import Block, Config, Params
-from kvjax.policy import Policy
+from kvjax.policy import Policy, check_policy
 from kvjax.sampling import Draw, make_draw, row_keys, sample
 
 BURST = 16  # tokens that one call of the decode program may produce before the host looks
@@ -79,12 +81,13 @@ def prefill(
       ValueError: If arguments do not fit together; token ids, lengths and the model's context are checked where
         their values are known, that is not under jit.
     """
+    check_policy(policy)
+    tokens = as_array("tokens", tokens)
     batch, count = check_tokens(tokens)
-    chunk = count if chunk is None else min(chunk, count)
-    if chunk < 1:
-        raise ValueError(f"prefill: chunk={chunk} must be at least 1; None reads the prompt in one piece.")
-    if room < 0:
-        raise ValueError(f"prefill: room={room} must not be negative; it counts tokens that are to follow.")
+    if chunk is not None:
+        chunk = whole("prefill", "chunk", chunk, least=1, mend="None reads the prompt in one piece.")
+    chunk = min(chunk or count, count)
+    room = whole("prefill", "room", room, least=0, mend="It counts tokens that are to follow.")
     lengths = check_lengths(lengths, batch, count)
     if cache is not None:
         check_cache(params, policy, cache, batch)
@@ -94,7 +97,13 @@ def prefill(
     tokens = jnp.asarray(tokens, jnp.int32)
 
     layers = [None] * params.config.layers if cache is None else list(cache.layers)
-    capacities = [policy.capacity((0 if layer is None else layer.slots) + count + room) for layer in layers]
+    seen = int(np.max(start)) if known(start) else None
+
+    def capacity(layer):  # a slot that is still free from an earlier turn is not asked for again
+        slots = 0 if layer is None else layer.slots
+        return max(policy.capacity((slots if seen is None else seen) + count + room), slots)
+
+    capacities = [capacity(layer) for layer in layers]
     if chunk < count or (chunk == 1 and cache is not None):
         # Every chunk meets the slots that the last one leaves, so one program serves them all.
         if cache is None:
@@ -130,8 +139,10 @@ def step(params: Params, policy: Policy, token: jax.Array, cache: Cache) -> tupl
 
     Raises:
       ValueError: If arguments do not fit together; outside jit also if the policy keeps every token and no slot is
-        free: prefill with room=.
+        free: prefill with room=. Under jit the logits of such a row are nan.
     """
+    check_policy(policy)
+    token = as_array("token", token)
     check_step(params, policy, token, cache)
     return step_with(run_layer, params, policy, token, cache)
 
@@ -236,12 +247,12 @@ def decode(
     Raises:
       ValueError: See `prefill`.
     """
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"decode: max_new_tokens={max_new_tokens} must be at least 1; kvjax.prefill reads and says nothing."
-        )
-    draw, stop = make_draw(temperature, top_k, top_p), check_stop(stop)
-    keys = row_keys(key, np.shape(tokens)[0])
+    max_new_tokens = whole(
+        "decode", "max_new_tokens", max_new_tokens, least=1, mend="kvjax.prefill reads and says nothing."
+    )
+    tokens = as_array("tokens", tokens)
+    draw, stop = make_draw(temperature, top_k, top_p), check_stop(params.config, stop)
+    keys = row_keys(key, check_tokens(tokens)[0])
     logits, new_cache = prefill(params, policy, tokens, lengths=lengths, cache=cache, chunk=chunk, room=max_new_tokens)
     state = _State(new_cache, logits, jnp.ones(logits.shape[0], bool), keys)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax
 
 from kvjax import selects
 from kvjax.cache import LayerCache, LayerShape, empty, free_losers, resize
+from kvjax.counts import whole
 
 
 class Mass(NamedTuple):
@@ -138,18 +138,18 @@ def evict(
     return Policy("evict", budget, scorer.needs, init, update, ranks)
 
 
+def check_policy(policy: Any) -> None:
+    """Refuses what is no policy."""
+    if not isinstance(policy, Policy):
+        raise ValueError(
+            f"policy={policy!r} is no policy. Make one with kvjax.policies, such as kvjax.policies.tova(budget=256)."
+        )
+
+
 def check_budget(name: str, budget: int) -> None:
     """Refuses a budget without a slot."""
     if budget < 1:
         raise ValueError(f"{name}: budget={budget} leaves no slot; it must be at least 1.")
-
-
-def _whole(name: str, key: str, value: Any) -> int:
-    """A setting that counts something."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}: {key}={value!r} must be a whole number.") from None
 
 
 def method(make: Callable[..., Policy]) -> Callable[..., Policy]:
@@ -168,7 +168,7 @@ def method(make: Callable[..., Policy]) -> Callable[..., Policy]:
         counts = {key for key, parameter in signature.parameters.items() if parameter.annotation is int}
         settings = bound.arguments.items()
         return made(
-            tuple((key, _whole(make.__name__, key, value) if key in counts else value) for key, value in settings)
+            tuple((key, whole(make.__name__, key, value) if key in counts else value) for key, value in settings)
         )
 
     return wrapper

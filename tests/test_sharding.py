@@ -1,4 +1,4 @@
-"""Weights and caches shard like any pytree: a batch spread over four devices decodes what one device decodes."""
+"""Weights and caches shard like any pytree: rows or heads spread over devices decode what one device decodes."""
 
 import os
 import subprocess
@@ -35,6 +35,32 @@ for name, row in POLICIES.items():
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logits, want.logits, rtol=1e-5, atol=1e-5)
     print(name)
+
+# Heads over two devices, rows over two: the cache keeps that layout from step to step.
+mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto, AxisType.Auto))
+layout = PartitionSpec("batch", "heads")
+
+
+def over_heads(cache):
+    layers = tuple(
+        layer.with_slots(jax.device_put(layer.slot_aligned(), NamedSharding(mesh, layout))) for layer in cache.layers
+    )
+    return dataclasses.replace(cache, layers=layers)
+
+
+step = jax.jit(kvjax.step, donate_argnames="cache")
+for name, row in POLICIES.items():
+    policy = row.make(10)
+    _, cache = kvjax.prefill(one[0], policy, one[1], lengths=lengths, room=4)
+    spread = over_heads(cache)
+    for token in ([5, 6, 7, 8], [9, 9, -1, 2]):
+        token = np.array(token, np.int32)
+        want, cache = kvjax.step(one[0], policy, token, cache)
+        got, spread = step(one[0], policy, token, spread)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    layer = spread.layers[0]
+    assert {shard.data.shape[:2] for shard in layer.k.addressable_shards} == {(2, 1)}, f"{name}: heads were gathered"
+    np.testing.assert_array_equal(layer.pos, cache.layers[0].pos)
 """
 
 

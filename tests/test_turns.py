@@ -175,3 +175,13 @@ def test_bf16_gives_the_logits_of_f32_and_decodes(row):
     out = kvjax.decode(narrow, policy, TOKENS, max_new_tokens=4)
     assert {layer.k.dtype for layer in out.cache.layers} == {jnp.dtype(jnp.bfloat16)}
     assert np.isfinite(out.logits).all()
+
+
+def test_room_left_by_an_earlier_turn_is_used_before_more_is_taken():
+    _, cache = kvjax.prefill(PARAMS, policies.full(), TOKENS, lengths=LENGTHS, room=16)
+    assert {layer.slots for layer in cache.layers} == {40}
+    want, _ = kvjax.prefill(PARAMS, policies.full(), QUESTIONS[0], cache=cache, room=100)
+    logits, cache = kvjax.prefill(PARAMS, policies.full(), QUESTIONS[0], cache=cache, room=8)
+    assert {layer.slots for layer in cache.layers} == {40}
+    assert_array_equal(cache.layers[0].pos.max(axis=-1)[:, 0], np.array(LENGTHS) + 7)
+    assert_allclose(logits, want, atol=1e-5)

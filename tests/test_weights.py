@@ -16,6 +16,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
+import kvjax
 from kvjax.models.gguf_file import open_gguf
 from kvjax.models.hugging_face import parse_config
 from kvjax.models.rope import LinearScaling, Llama3Scaling, Rope
@@ -45,6 +46,15 @@ def test_logits_of_the_real_model_are_those_of_transformers(text):
     top = np.take_along_axis(logits, reference[f"{text}_top_ids"], axis=-1)
     assert_allclose(logits[-1], reference[f"{text}_last"], atol=1e-3, rtol=0)
     assert_allclose(top, reference[f"{text}_top_logits"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.real_model
+def test_prefill_of_the_real_model_says_what_transformers_says():
+    reference = np.load(REFERENCES / "smollm2_logits.npz")
+    rows = [reference[f"{text}_tokens"] for text in ("chat", "prose")]
+    tokens = np.stack([np.pad(row, (0, 96 - len(row))) for row in rows])
+    logits, _ = kvjax.prefill(smollm2().params, kvjax.policies.full(), tokens, lengths=[len(row) for row in rows])
+    assert_allclose(logits, np.stack([reference["chat_last"], reference["prose_last"]]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

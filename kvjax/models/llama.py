@@ -65,6 +65,17 @@ class Params:
     config: Config = dataclasses.field(metadata={"static": True})
 
 
+def with_heads(params: Params, heads: dict[str, Any]) -> Params:
+    """The same model with trained eviction heads: a pytree under the name of each policy that learns.
+
+    Raises:
+      ValueError: If `heads` is no dictionary.
+    """
+    if not isinstance(heads, dict):
+        raise ValueError(f"with_heads: heads={heads!r} must be a dictionary, {{method: heads}}.")
+    return dataclasses.replace(params, heads=heads)
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in f32, in the dtype of `x`."""
     wide = x.astype(jnp.float32)

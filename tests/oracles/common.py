@@ -30,11 +30,14 @@ class Call:
     kept: per kv head, the sorted original positions held after the call.
     scores: per kv head, the score of every token that stood for the choice, losers too;
       empty dicts where the method has no score.
+    held: per kv head, what is stored for each position in `kept`: key as it is cached (rotated, if the method
+      caches rotated keys) and value; None where the method stores tokens as they came.
     """
 
     out: np.ndarray
     kept: list[list[int]]
     scores: list[dict[int, float]]
+    held: "list[Hand] | None" = None
 
 
 def rope(x: np.ndarray, position: float, base: float = 10000.0) -> np.ndarray:

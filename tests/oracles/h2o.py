@@ -1,10 +1,14 @@
 """H2O: the newest tokens and, of the older ones, those that received most attention so far.
 
 Source: Zhang et al. 2023, arXiv:2306.14048, in the form that drops tokens after exact attention
-over a whole call. Probabilities are averaged over the query heads of a kv head.
+over a whole call, or in the paper's that drops them token by token. Probabilities are averaged over the
+query heads of a kv head.
 """
 
+import numpy as np
+
 from tests.oracles import common
+from tests.oracles.streaming_llm import rank_places
 
 
 class Ledger:
@@ -30,9 +34,25 @@ class Ledger:
         return sorted(self.mass)
 
 
-def run(q, k, v, calls, *, base=10000.0, budget: int, window: int) -> list[common.Call]:
+def run(
+    q,
+    k,
+    v,
+    calls,
+    *,
+    base=10000.0,
+    budget: int,
+    window: int,
+    prefill: str = "dense",
+    positions: str = "true",
+) -> list[common.Call]:
+    """`prefill="greedy"` takes the tokens of every call one at a time, each seeing the survivors of the one before;
+    a call's scores are those of its last token. `positions="rolling"` numbers tokens by rank in the cache.
+    """
     if not 1 <= window <= budget:
         raise ValueError(f"needs 1 <= window <= budget, got window {window}, budget {budget}")
+    if prefill not in ("dense", "greedy") or positions not in ("true", "rolling"):
+        raise ValueError(f"no such variant: {prefill=}, {positions=}")
     ledgers: list[Ledger] = []
 
     def choose(seen):
@@ -46,4 +66,15 @@ def run(q, k, v, calls, *, base=10000.0, budget: int, window: int) -> list[commo
             kept.append(ledger.evict(seen.now))
         return kept, scores
 
-    return common.replay(q, k, v, calls, base=base, choose=choose)
+    place = rank_places if positions == "rolling" else common.true_places
+    if prefill == "dense":
+        return common.replay(q, k, v, calls, base=base, choose=choose, place=place)
+
+    if any(c < 1 for c in calls):
+        raise ValueError(f"calls must be positive, got {calls}")
+    steps = common.replay(q, k, v, [1] * sum(calls), base=base, choose=choose, place=place)
+    results = []
+    for c in calls:
+        mine, steps = steps[:c], steps[c:]
+        results.append(common.Call(np.concatenate([step.out for step in mine]), mine[-1].kept, mine[-1].scores))
+    return results

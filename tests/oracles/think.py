@@ -1,0 +1,118 @@
+"""ThinK: the key channels that the prompt's last queries use least are dropped from all but the newest keys.
+
+Source: Xu et al. 2024, arXiv:2407.21018, and its code; one set of channels per kv head. The first call is the
+prompt. A dropped channel is held as zero: the products with it are the ones left out.
+"""
+
+import numpy as np
+
+from tests.oracles import common
+
+
+def kept_count(dim: int, ratio: float, round_to: int = 1, paired: bool = False) -> int:
+    """d_k = D - int(D ratio), rounded up to a multiple of round_to, and even if channels go in pairs."""
+    count = dim - int(dim * ratio)
+    count = min(-(-count // round_to) * round_to, dim)
+    return count + (dim - count) % 2 if paired else count
+
+
+def channel_scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Mean q^2 over the window's queries and the group, times mean k^2, per channel: f64[D].
+
+    q is f64[W, G, D], the window; k is f64[m, D], all keys of the prompt; both rotated.
+    """
+    scores = np.zeros(k.shape[1])
+    for j in range(k.shape[1]):
+        per_head = [float(np.mean(q[:, x, j] ** 2)) for x in range(q.shape[1])]
+        scores[j] = sum(per_head) / len(per_head) * float(np.mean(k[:, j] ** 2))
+    return scores
+
+
+def keep_channels(scores: np.ndarray, count: int, paired: bool = False) -> list[int]:
+    """The `count` channels of largest score, ascending; of equals, the lower. Pairs are j and j + D/2."""
+    if not paired:
+        return sorted(common.best(dict(enumerate(scores)), count))
+    half = len(scores) // 2
+    pairs = sorted(common.best({j: scores[j] + scores[j + half] for j in range(half)}, count // 2))
+    return pairs + [j + half for j in pairs]
+
+
+def thinned(token: common.Token, keep: list[int]) -> common.Token:
+    key = np.zeros(len(token.key))
+    key[keep] = token.key[keep]
+    return common.Token(key, token.value)
+
+
+class Head:
+    """One kv head; queries and keys come rotated."""
+
+    def __init__(self, count: int, window: int, recent: int, paired: bool, demote_tail: int | None):
+        self.count, self.window, self.recent = count, window, recent
+        self.paired, self.demote_tail = paired, demote_tail
+        self.keep: list[int] | None = None
+        self.held: common.Hand = {}
+        self.tail: list[int] = []
+
+    def call(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Takes q f64[c, G, D], k and v f64[c, D]; returns f64[c, G, D]."""
+        prompt = self.keep is None
+        out = np.zeros(q.shape)
+        for i in range(len(k)):
+            p = len(self.held)
+            self.held[p] = common.Token(k[i], v[i])
+            self.tail.append(p)
+            unturned = dict.fromkeys(self.held, 0)  # keys are stored rotated
+            for x in range(q.shape[1]):
+                out[i, x], _ = common.attend(q[i, x], p, self.held, unturned, 1.0)
+            if not prompt and self.demote_tail and len(self.tail) == self.recent + self.demote_tail:
+                self.thin(self.demote_tail)
+        if prompt:
+            self.keep = keep_channels(channel_scores(q[-self.window :], k), self.count, self.paired)
+            self.thin(max(len(k) - self.recent, 0))
+        return out
+
+    def thin(self, count: int) -> None:
+        """Takes the dropped channels from the oldest `count` keys of the tail."""
+        for p in self.tail[:count]:
+            self.held[p] = thinned(self.held[p], self.keep)
+        self.tail = self.tail[count:]
+
+
+def run(
+    q,
+    k,
+    v,
+    calls,
+    *,
+    base=10000.0,
+    ratio: float = 0.4,
+    window: int = 32,
+    recent: int = 32,
+    round_to: int = 1,
+    paired: bool = False,
+    demote_tail: int | None = None,
+    keep_count: int | None = None,
+) -> list[common.Call]:
+    """`kept` is the positions of full-width keys; `held` is every token, with zeros for dropped channels.
+
+    `keep_count` sets the number of channels kept, in place of ratio and round_to.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    n, kv_heads, dim = k.shape
+    if sum(calls) != n or any(c < 1 for c in calls):
+        raise ValueError(f"calls must be positive and sum to {n}, got {calls}")
+    if window < 1 or recent < 0 or not 0 <= ratio < 1:
+        raise ValueError(f"needs window >= 1, recent >= 0, 0 <= ratio < 1, got {window}, {recent}, {ratio}")
+    count = keep_count or kept_count(dim, ratio, round_to, paired)
+    q, k = (np.array([[common.rope(x, p, base) for x in row] for p, row in enumerate(rows)]) for rows in (q, k))
+    q = q.reshape(n, kv_heads, -1, dim)
+    heads = [Head(count, window, recent, paired, demote_tail) for _ in range(kv_heads)]
+    results = []
+    start = 0
+    for c in calls:
+        now = slice(start, start + c)
+        out = np.concatenate([head.call(q[now, h], k[now, h], v[now, h]) for h, head in enumerate(heads)], axis=1)
+        kept = [list(head.tail) for head in heads]
+        results.append(common.Call(out, kept, [{} for _ in heads], [dict(head.held) for head in heads]))
+        start += c
+    return results
