@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import FREE, LayerCache, LayerShape, extend, write
+from kvjax.cache import FREE, LayerCache, LayerShape, after, extend, write
 from kvjax.models.rope import Rope, rotate
 from kvjax.policy import Mass, Masses, Policy, Seen, check_policy
 
@@ -74,6 +74,7 @@ def attend(
     kv_heads = k.shape[2]
     q = q.reshape(batch, count, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, H, G, T, D]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, H, T, D]
+    unrotated = k
     if rope is not None and policy.ranks is None:
         cos, sin = rope.angles(positions, head_dim) if angles is None else angles  # [B, T, D / 2]
         q, k = rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None])
@@ -97,7 +98,7 @@ def attend(
 
     q_pos, k_pos, keys = positions[:, None, :], cache.pos, cache.k  # [B, 1, T], [B, H, N]
     if policy.ranks is not None:
-        ranks = policy.ranks(_after(q, cache.pos))  # [B, H or 1, N]
+        ranks = policy.ranks(after(q, cache.pos))  # else XLA holds the angles of all layers at once  # [B, H or 1, N]
         cos, sin = rope.table(cache.slots, head_dim)
         keys = rotate(keys, cos[ranks], sin[ranks])
         q_pos = _own(ranks, cache.pos, positions)  # [B, H or 1, T]
@@ -118,18 +119,9 @@ def attend(
     )
     if lost is not None:
         attended = attended._replace(out=jnp.where(lost[:, :, None, None, None], jnp.nan, attended.out))
-    cache = policy.update(cache, Seen(positions, q, Masses(attended.mass)), capacity)
+    cache = policy.update(cache, Seen(positions, q, unrotated, attended.out, Masses(attended.mass)), capacity)
     out = attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim)
     return out, cache
-
-
-def _after(anchor: jax.Array, x: jax.Array) -> jax.Array:
-    """The integers x, but not before `anchor` is known.
-
-    Nothing else in a layer's ranks waits for the layer below, and XLA on a CPU, which ignores optimization barriers,
-    would compute the angles of all layers at once and hold them: a fifth of the cache.
-    """
-    return x + (anchor.ravel()[0] > jnp.inf).astype(x.dtype)  # 0, which XLA does not see
 
 
 def _own(ranks: jax.Array, pos: jax.Array, positions: jax.Array) -> jax.Array:

@@ -49,6 +49,10 @@ class LayerCache:
         k, v, pos, stats = aligned
         return LayerCache(k, v, pos, stats, self.carry)
 
+    def with_carry(self, carry: Any) -> "LayerCache":
+        """The same slots beside another state of the layer."""
+        return dataclasses.replace(self, carry=carry)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +152,15 @@ def take(cache: LayerCache, index: jax.Array) -> LayerCache:
 def free_losers(cache: LayerCache, kept: jax.Array) -> LayerCache:
     """Frees every slot that is not in `kept` bool[B, H, N]."""
     return dataclasses.replace(cache, pos=jnp.where(kept, cache.pos, FREE))
+
+
+def after(anchor: jax.Array, x: jax.Array) -> jax.Array:
+    """The integers x, but not before `anchor` is known: XLA on a CPU ignores optimization barriers.
+
+    An order that XLA does not see costs buffers. It would compute what depends on nothing for all layers at once, and
+    where a buffer is written while its old content is still to be read, it copies the buffer.
+    """
+    return x + (anchor.ravel()[0] > jnp.inf).astype(x.dtype)  # 0, whatever the anchor
 
 
 def resize(cache: LayerCache, capacity: int) -> LayerCache:

@@ -15,7 +15,7 @@ console = Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option(help="smollm2, a Hugging Face directory, a .gguf file or a name on the hub.")]
 DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-PolicyOption = Annotated[str, typer.Option(help="A method: full, streaming_llm, h2o, snapkv, tova, keydiff, random.")]
+PolicyOption = Annotated[str, typer.Option(help="A method of kvjax.policies, such as h2o; full keeps every token.")]
 BudgetOption = Annotated[int | None, typer.Option(help="Slots that each head may keep.")]
 WindowOption = Annotated[int | None, typer.Option(help="Newest tokens that always stay (h2o, snapkv).")]
 SinksOption = Annotated[int | None, typer.Option(help="First tokens that always stay (streaming_llm).")]
@@ -189,7 +189,7 @@ def _working(what: str):
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task(what, total=None)
         yield bar
 

@@ -27,6 +27,8 @@ AT_BUDGET: dict[str, Callable[[int], Policy]] = {
     "streaming_llm": lambda budget: policies.streaming_llm(budget),
     "h2o": lambda budget: policies.h2o(budget, window=budget // 2),
     "snapkv": lambda budget: policies.snapkv(budget, window=min(64, budget // 2)),
+    "d2o": lambda budget: policies.d2o(budget, window=budget // 4),
+    "cam": lambda budget: policies.cam(budget),
     "tova": lambda budget: policies.tova(budget),
     "keydiff": lambda budget: policies.keydiff(budget),
     "random": lambda budget: policies.random(budget),

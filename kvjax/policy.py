@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from kvjax import selects
-from kvjax.cache import LayerCache, LayerShape, empty, free_losers, resize
+from kvjax.cache import LayerCache, LayerShape, after, empty, free_losers, resize
 from kvjax.counts import whole
 
 
@@ -43,17 +43,25 @@ class Seen(NamedTuple):
     Attributes:
       positions: i32[B, T] of this call's tokens; -1 is padding, or a row that has stopped.
       q: [B, H, G, T, D], this call's queries as attention used them (rotated).
+      k: [B, H, T, D], this call's keys as they were given: not rotated, if attention rotated them.
+      out: [B, H, G, T, D], attention's output.
       mass: The statistics that the policy asked for in `needs`.
     """
 
     positions: jax.Array
     q: jax.Array
+    k: jax.Array
+    out: jax.Array
     mass: Masses
 
     @property
     def now(self) -> jax.Array:
         """i32[B], position of the newest token of each row; -1 for a row without a token in this call."""
         return self.positions.max(axis=-1)
+
+    def done(self, slot: jax.Array) -> jax.Array:
+        """The integers `slot`, but not before attention has read all keys and values, so that they can be written."""
+        return after(self.out[0, 0, :, 0, 0].sum(), slot)  # each query head of a group is a product of its own
 
 
 class Scorer(NamedTuple):
@@ -114,6 +122,7 @@ def evict(
     *,
     budget: int | None,
     select: Callable = selects.top_k,
+    fate: Callable | None = None,
     ranks: Callable | None = None,
 ) -> Policy:
     """A policy that scores every slot, keeps what `select` chooses and frees the rest.
@@ -122,6 +131,8 @@ def evict(
       scorer: By what slots are kept.
       budget: Slots kept in each row and head; None keeps all.
       select: (score f32[B, H, N], pos i32[B, H, N], budget) -> kept bool[B, H, N].
+      fate: (cache, kept, seen, losers: the most that a row and head may lose) -> cache, before the losers are freed:
+        what becomes of them (see `folds`). None drops them.
       ranks: See `Policy`.
     """
 
@@ -132,6 +143,8 @@ def evict(
         cache = dataclasses.replace(cache, stats=scorer.observe(cache, seen))
         if budget is not None and cache.slots > budget:
             kept = select(scorer.score(cache, seen), cache.pos, budget)
+            if fate is not None:
+                cache = fate(cache, kept, seen, cache.slots - budget)
             cache = free_losers(cache, kept)
         return resize(cache, capacity)
 

@@ -9,7 +9,7 @@ import pytest
 
 import kvjax
 from kvjax import policies
-from tests.oracles import full, h2o, keydiff, random_eviction, snapkv, streaming_llm, tova
+from tests.oracles import cam, d2o, full, h2o, keydiff, random_eviction, snapkv, streaming_llm, tova
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Row:
       sinks: First tokens that it always keeps.
       window: Newest tokens that it always keeps; None stands for all that the sinks leave of the budget.
       heads_alike: Whether all heads of a layer keep the same tokens, in slots of the same order.
+      folds: Whether losers are folded into kept tokens, whose values then are no longer their own.
     """
 
     make: Callable[[int], kvjax.Policy]
@@ -29,10 +30,11 @@ class Row:
     sinks: int = 0
     window: int | None = 0
     heads_alike: bool = False
+    folds: bool = False
 
 
-def draws(seed: int, kv_heads: int, count: int, layer: int = 0) -> np.ndarray:
-    """The documented draw of `random`, in plain integers: [H, count]."""
+def uniform(seed: int, layer: int, head: int, pos: int) -> float:
+    """The documented draw of a token, in plain integers."""
 
     def mix(x):
         x = (x + 0x9E3779B9) % 2**32
@@ -40,10 +42,12 @@ def draws(seed: int, kv_heads: int, count: int, layer: int = 0) -> np.ndarray:
         x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
         return x ^ (x >> 16)
 
-    def draw(head, pos):
-        return mix(mix(pos) ^ mix(mix(seed ^ mix(layer)) ^ head)) >> 8
+    return (mix(mix(pos) ^ mix(mix(seed ^ mix(layer)) ^ head)) >> 8) / 2**24
 
-    return np.array([[draw(head, pos) for pos in range(count)] for head in range(kv_heads)], dtype=np.float64)
+
+def draws(seed: int, kv_heads: int, count: int, layer: int = 0) -> np.ndarray:
+    """The draws of `random`, [H, count]."""
+    return np.array([[uniform(seed, layer, head, pos) for pos in range(count)] for head in range(kv_heads)])
 
 
 POLICIES = {
@@ -70,6 +74,39 @@ POLICIES = {
     "random": Row(
         lambda budget: policies.random(budget, seed=7),
         lambda budget, **kw: random_eviction.run(budget=budget, scores=draws(7, kw["k"].shape[1], len(kw["q"])), **kw),
+    ),
+    "d2o": Row(
+        lambda budget: policies.d2o(budget, window=4, sinks=2),
+        lambda budget, **kw: d2o.run(heavy=budget - 4, window=4, sinks=2, **kw),
+        sinks=2,
+        window=4,
+        folds=True,
+    ),
+    "d2o(per_head, code_mean)": Row(
+        lambda budget: policies.d2o(budget, window=4, sinks=1, weights="code_mean", gate="per_head", smoothing=0.5),
+        lambda budget, **kw: d2o.run(
+            heavy=budget - 4, window=4, sinks=1, weights="code_mean", gate="per_head", beta=0.5, **kw
+        ),
+        sinks=1,
+        window=4,
+        folds=True,
+    ),
+    "cam": Row(
+        lambda budget: policies.cam(budget, sinks=2, targets=3, seed=5),
+        lambda budget, **kw: cam.run(
+            select="recency", budget=budget, sinks=2, targets=3, draw=lambda head, pos: uniform(5, 0, head, pos), **kw
+        ),
+        sinks=2,
+        window=None,
+        folds=True,
+    ),
+    "cam(heavy)": Row(
+        lambda budget: policies.cam(budget, sinks=0, heavy=True, window=4, targets=5, seed=5),
+        lambda budget, **kw: cam.run(
+            select="h2o", budget=budget, window=4, targets=5, draw=lambda head, pos: uniform(5, 0, head, pos), **kw
+        ),
+        window=4,
+        folds=True,
     ),
 }
 

@@ -305,7 +305,7 @@ def layer(policy, batch=2, kv_heads=2, slots=11, dim=8, dtype=jnp.float32):
         "k of another width": ({"k": jnp.ones((2, 4, 2, 6)), "v": jnp.ones((2, 4, 2, 6))}, r"k \(2, 4, 2, 6\)"),
         "q without its batch": ({"q": jnp.ones((4, 4, 8))}, r"q \(4, 4, 8\)"),
         "k without its heads": ({"k": jnp.ones((2, 4, 8)), "v": jnp.ones((2, 4, 8))}, r"k \(2, 4, 8\)"),
-        "positions that are floats": ({"positions": jnp.zeros((3, 4))}, "positions are float32"),
+        "positions that are floats": ({"positions": jnp.zeros((2, 4))}, "positions are float32"),
         "positions of one row": ({"positions": jnp.arange(4)}, r"positions have shape \(4,\)"),
         "a cache of another batch": ({"cache": layer(H2O, batch=3)}, r"float32\[3, 2, 11, 8\].*float32\[2, 2, 11, 8\]"),
         "a cache of another model": ({"cache": layer(H2O, kv_heads=1)}, r"float32\[2, 1, 11, 8\]"),

@@ -235,7 +235,7 @@ def refused(here):
 @pytest.mark.parametrize(
     "given, named",
     [
-        ("--policy best", "there is no method 'best'; there are full, h2o, "),
+        ("--policy best", "there is no method 'best'; there are cam, "),
         ("--policy h2o --budget 8 --window 4 --sinks 2", "h2o takes no --sinks; it takes --budget, --window."),
         ("--policy full --budget 8", "full takes no --budget; it takes nothing."),
         ("--policy h2o --window 4", "h2o needs --budget."),

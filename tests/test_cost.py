@@ -23,7 +23,7 @@ BUDGET = 10
 
 def documented_bytes(method: str, *, config, batch: int, budget: int, tokens: int, number: int) -> int:
     """The formula in a method's docstring, such as `L B H (budget + 1) (2 D b + 4) + 4 B`, with numbers put in."""
-    formula = re.search(r"Bytes: ([^,.]+)", inspect.getdoc(getattr(policies, method))).group(1)
+    formula = re.search(r"Bytes: ([^,.]+)", inspect.getdoc(getattr(policies, method.split("(")[0]))).group(1)
     names = {
         "L": config.layers,
         "B": batch,

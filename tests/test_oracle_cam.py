@@ -5,6 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from tests.oracles import cam, common, full, h2o, streaming_llm
+from tests.test_oracle_d2o import assert_outputs_follow_what_is_held
 from tests.test_oracles import MATRIX, close, make_stream, planted
 
 VALUES = np.array([(1, 0), (2, 2), (0, 2), (4, 0), (1, 1), (0, 1)], float)
@@ -191,3 +192,11 @@ def test_drop_merges_in_steps_only(options):
         total = v[[*chunk.kept[h], N - 1], h].sum(axis=0)
         assert gone < N - 1
         assert_allclose(sum(token.value for token in hand.values()), total, atol=1e-12)
+
+
+@each_calls
+@each_base
+def test_outputs_attend_to_what_the_call_before_left(calls, options):
+    q, k, v = make_stream(N)
+    results = cam.run(q, k, v, calls, **options, targets=3, draw=always)
+    assert_outputs_follow_what_is_held(q, k, v, calls, results)

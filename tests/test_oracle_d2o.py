@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from tests.oracles import common, d2o, full, h2o
-from tests.test_oracles import close, heads_together, make_stream, planted
+from tests.test_oracles import close, heads_together, make_stream, planted, rotate
 
 KEYS = np.array([(1, 0), (0.8, 0.6), (0, 1), (-0.28, 0.96), (-1, 0), (0, -1), (0.6, -0.8), (-0.6, 0.8)])
 VALUES = np.array([(1, 0), (2, 2), (0, 2), (4, 0), (1, 1), (0, 1), (5, 5), (1, -1)], float)
@@ -22,7 +22,10 @@ def token(p):
 
 
 def tokens(keys, values):
-    return {p: common.Token(np.array(k, float), np.array(v, float)) for p, (k, v) in enumerate(zip(keys, values))}
+    return {
+        p: common.Token(np.array(k, float), np.array(v, float))
+        for p, (k, v) in enumerate(zip(keys, values, strict=True))
+    }
 
 
 def holds(hand, wanted, atol=1e-6):
@@ -44,6 +47,20 @@ def example(**options):
         ([hand], tau) = d2o.compress([hand], [scores], tau, **SIZES, **options)
         history.append((hand, scores, tau))
     return history
+
+
+def assert_outputs_follow_what_is_held(q, k, v, calls, results):
+    """The last query of each call, as one softmax over what the call before held and the call's own tokens."""
+    held = [{} for _ in range(k.shape[1])]
+    for call, now, c in zip(results, np.cumsum(calls), calls, strict=True):
+        for x in range(q.shape[1]):
+            h = x * k.shape[1] // q.shape[1]
+            new = np.arange(now - c, now)
+            keys = np.stack([t.key for t in held[h].values()] + list(rotate(k[new, h], new)))
+            values = np.stack([t.value for t in held[h].values()] + list(v[new, h]))
+            weights = np.exp(keys @ rotate(q[now - 1 : now, x], [now - 1])[0] / np.sqrt(q.shape[2]))
+            assert_allclose(call.out[-1, x], weights @ values / weights.sum(), atol=1e-12)
+        held = call.held
 
 
 # ---- worked example ----
@@ -122,22 +139,19 @@ def two_heads():
     return [one, two], [{0: 3.0, 1: 0.1, 2: 0.1, 3: 0.5, 4: 0.1}] * 2
 
 
-@pytest.mark.parametrize(
-    "gate, first_head, second_head",
-    [
-        # tau = (.6 + 1 + 1 + 0) / 4 = .65; means by rank .8 and .5: both heads merge 1, neither merges 2
-        ("rank_mean", ((1 - 0.6 * 0.4, -0.8 * 0.4), (1.4, 0)), ((1.5, 0), (0, 1.5))),
-        ("per_head", ((1, 0), (2, 0)), ((1.5, 0), (0, 1.5))),
-    ],
-)
-def test_gates_of_a_first_compression(gate, first_head, second_head):
+@pytest.mark.parametrize("gate", ["rank_mean", "per_head"])
+def test_gates_of_a_first_compression(gate):
+    # tau = (.6 + 1 + 1 + 0) / 4; means by rank .8 and .5: every head merges 1, none merges 2.
+    # head by head: the first merges 2 (cosine 1), the second 1 (cosine 1)
+    w = np.exp(0.6) / (np.exp(0.6) + np.e)
+    wanted = {
+        "rank_mean": [((1 - 0.4 * w, -0.8 * w), (1 + w, 0)), ((1.5, 0), (0, 1.5))],
+        "per_head": [((1, 0), (2, 0)), ((1.5, 0), (0, 1.5))],
+    }
     hands, scores = two_heads()
     after, tau = d2o.compress(hands, scores, None, heavy=1, window=2, sinks=1, gate=gate)
     assert_allclose(tau, 0.65)
-    if gate == "rank_mean":  # weight of (.6, -.8) in (1, 0)
-        w = np.exp(0.6) / (np.exp(0.6) + np.e)
-        first_head = (1 - 0.4 * w, -0.8 * w), (1 + w, 0)
-    for hand, before, (key, value) in zip(after, hands, (first_head, second_head), strict=True):
+    for hand, before, (key, value) in zip(after, hands, wanted[gate], strict=True):
         assert sorted(hand) == [0, 3, 4]
         assert_allclose(hand[0].key, key, atol=1e-9)
         assert_allclose(hand[0].value, value, atol=1e-9)
@@ -165,8 +179,8 @@ def test_one_target_takes_several():
 
 
 def test_equal_cosines_take_the_lower_position():
-    hand = tokens([(2, 0), (1, 0), (1, 0), (4, 0)], np.zeros((4, 2)))
-    assert d2o.nearest(1, hand, [2, 0, 3])[0] == 0
+    hand = tokens([(0, 1), (1, 0), (1, 0), (0, -1)], np.zeros((4, 2)))
+    assert d2o.nearest(1, hand, [3, 0]) == (0, 0.0)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -246,3 +260,11 @@ def test_the_decision_about_one_token_does_not_depend_on_beta(beta):
     for alike, tau in rng.uniform(-1, 1, size=(50, 2)):
         given = np.array([[alike]])
         assert d2o.passes(given, d2o.move(tau, given, beta), "rank_mean", first=False).all() == (alike >= tau)
+
+
+@each_calls
+@each_weights
+def test_outputs_attend_to_what_the_call_before_left(calls, weights):
+    q, k, v = make_stream(N)
+    results = d2o.run(q, k, v, calls, heavy=5, window=3, sinks=2, weights=weights)
+    assert_outputs_follow_what_is_held(q, k, v, calls, results)

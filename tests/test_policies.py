@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose
 
 import kvjax
 from kvjax import policies
-from kvjax.policies.random import _mix
+from kvjax.draws import mix
 from tests.methods import every_method, kept_positions
 
 Q_HEADS, KV_HEADS, HEAD_DIM, BASE = 6, 2, 8, 100.0  # a small base: rotations matter within a few tokens
@@ -67,6 +67,6 @@ def test_outputs_and_kept_positions_are_those_of_the_oracle(row, calls):
 
 
 def test_the_draw_is_the_one_documented():
-    assert int(_mix(jnp.uint32(5))) == int(_mix(jnp.asarray(5, jnp.uint32)))
+    assert int(mix(jnp.uint32(5))) == int(mix(jnp.asarray(5, jnp.uint32)))
     policy = policies.random(1000, seed=7)
     assert policy is policies.random(budget=1000, seed=7)

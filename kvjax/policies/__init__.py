@@ -1,5 +1,7 @@
 """The methods, one file each."""
 
+from kvjax.policies.cam import cam
+from kvjax.policies.d2o import d2o
 from kvjax.policies.full import full
 from kvjax.policies.h2o import h2o
 from kvjax.policies.keydiff import keydiff
@@ -8,4 +10,4 @@ from kvjax.policies.snapkv import snapkv
 from kvjax.policies.streaming_llm import streaming_llm
 from kvjax.policies.tova import tova
 
-__all__ = ["full", "h2o", "keydiff", "random", "snapkv", "streaming_llm", "tova"]
+__all__ = ["cam", "d2o", "full", "h2o", "keydiff", "random", "snapkv", "streaming_llm", "tova"]

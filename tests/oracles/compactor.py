@@ -82,12 +82,12 @@ def score(
     if first + last >= n:
         return scores
 
-    out_standing, attended = [], []
+    standing_out, attended = [], []
     for h in range(kv_heads):
         mine = q_rotated[middle, h * group : (h + 1) * group]
-        out_standing.append(leverage(keys_unrotated[middle, h], phi[h], ridge))
+        standing_out.append(leverage(keys_unrotated[middle, h], phi[h], ridge))
         attended.append(chunked_mass(mine, k_rotated[middle, h], values[middle, h], chunk, scale, pool))
-    scores[:, middle] = blending * normalise(np.stack(out_standing)) + normalise(np.stack(attended))
+    scores[:, middle] = blending * normalise(np.stack(standing_out)) + normalise(np.stack(attended))
     return scores
 
 

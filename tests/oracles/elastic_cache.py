@@ -195,9 +195,7 @@ def run(
     prompt = calls[0]
     rows = [step(t, t) for t in range(prompt)]
     scores = importance([[row[x] for row in rows] for x in range(q_heads)], score)
-    buckets = plan(
-        scores, r, start_size=start_size, protect_size=protect_size, selection=selection, stage1=stage1
-    )
+    buckets = plan(scores, r, start_size=start_size, protect_size=protect_size, selection=selection, stage1=stage1)
     hands[:] = [merge(hand, buckets) for hand in hands]
     fixed = fixed_point(prompt - removed(prompt, r), start_size, distance)
     results = [call(0, prompt, scores)]

@@ -61,9 +61,7 @@ class Head:
         return list(range(self.quantised[0], len(self.held)))
 
 
-def run(
-    q, k, v, calls, *, base=10000.0, bits: int = 2, group: int = 32, residual: int = 128
-) -> list[common.Call]:
+def run(q, k, v, calls, *, base=10000.0, bits: int = 2, group: int = 32, residual: int = 128) -> list[common.Call]:
     """`kept` is the positions of full keys; `held` is every token."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     n, kv_heads, dim = k.shape

@@ -104,6 +104,8 @@ def run(
     if window < 1 or recent < 0 or not 0 <= ratio < 1:
         raise ValueError(f"needs window >= 1, recent >= 0, 0 <= ratio < 1, got {window}, {recent}, {ratio}")
     count = keep_count or kept_count(dim, ratio, round_to, paired)
+    if not 1 <= count <= dim or (paired and count % 2):
+        raise ValueError(f"cannot keep {count} of {dim} channels")
     q, k = (np.array([[common.rope(x, p, base) for x in row] for p, row in enumerate(rows)]) for rows in (q, k))
     q = q.reshape(n, kv_heads, -1, dim)
     heads = [Head(count, window, recent, paired, demote_tail) for _ in range(kv_heads)]

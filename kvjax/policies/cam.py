@@ -1,0 +1,55 @@
+"""CaM, cache merging: a token that leaves gives its value to those after it. Zhang et al. 2024, ICML (PMLR 235)."""
+
+import jax.numpy as jnp
+
+from kvjax.draws import check_seed, uniform
+from kvjax.folds import gather_losers, spread
+from kvjax.policy import Policy, evict, method
+from kvjax.scorers import attention_mass, protect, recency
+
+
+@method
+def cam(
+    budget: int, *, sinks: int = 4, heavy: bool = False, window: int = 0, targets: int = 32, seed: int = 0
+) -> Policy:
+    """Evicts as StreamingLLM or H2O do, and adds the value of each loser to the tokens that follow it.
+
+    A loser's value is added in equal parts to the next `targets` tokens, with probability (attention it has received so
+    far) / (mean attention that they have received), at most 1. Keys and the choice of tokens are those of the method
+    underneath.
+
+    Bytes: L B H (budget + 1) (2 D b + 8) + 4 B + 4 L.
+
+    Args:
+      budget: Slots, sinks and window included.
+      sinks: First tokens that are always kept.
+      heavy: False keeps the newest tokens, as StreamingLLM does, but at their true positions; True keeps those with
+        most attention so far, as H2O does.
+      window: Newest tokens that are always kept; only with `heavy`.
+      targets: Tokens that share a loser's value.
+      seed: Of the draws.
+
+    Source: the paper's Eq. 14 (second-hand) and its published code, where they agree. Differs: the value is divided by
+    the number of tokens that there are; a prompt is read dense, and its losers leave in order, each with what it was
+    given; masses are averaged over the query heads of a group. Independent measurements saw no gain on long contexts.
+    """
+    if sinks < 0 or window < 0 or sinks + max(window, 1) > budget:
+        raise ValueError(
+            f"cam: sinks={sinks} and window={window} must fit into budget={budget}; lower them or raise it."
+        )
+    if heavy != (window > 0):
+        raise ValueError(f"cam: window={window} goes with heavy=True, and only with it; heavy={heavy}.")
+    if targets < 1:
+        raise ValueError(f"cam: targets={targets} must be at least 1; the paper's code takes 16 or 32.")
+    check_seed("cam", seed)
+
+    def give(cache, kept, seen, count):
+        losers = gather_losers(cache, kept, count)
+        draw = uniform(seed, cache.carry, cache.pos)
+        return spread(cache, losers, kept, cache.stats["mass"], draw, targets, seen)
+
+    mass = attention_mass()
+    chosen = mass if heavy else mass._replace(score=recency().score)
+    scorer = protect(chosen, sinks=sinks, window=window)
+    scorer = scorer._replace(carry=lambda shape: jnp.asarray(shape.layer, jnp.uint32))
+    return evict(scorer, budget=budget, fate=give)
