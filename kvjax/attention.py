@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import FREE, LayerCache, LayerShape, after, extend, write
+from kvjax.cache import FREE, LayerCache, LayerShape, after, extend, resize, write
+from kvjax.counts import whole
 from kvjax.models.rope import Rope, rotate
 from kvjax.policy import Mass, Masses, Policy, Seen, check_policy
 
@@ -69,9 +70,25 @@ def attend(
       ValueError: If the shapes do not fit together; if the policy gives positions anew and there is no `rope`; or,
         outside jit, if a policy that keeps every token has no free slot for a single one.
     """
-    _check(q, k, v, cache, policy, positions, rope, capacity)
+    _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window)
     batch, count, q_heads, head_dim = q.shape
     kv_heads = k.shape[2]
+    if count > 1 and (policy.stepwise == "always" or (policy.stepwise == "turns" and cache is not None)):
+        if cache is None:
+            cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
+        cache = resize(cache, policy.capacity_after(cache.slots, count) if capacity is None else capacity)
+
+        def step(cache, token):
+            one, their_angles = jax.tree.map(lambda x: x[:, None], token)
+            out, cache = attend(
+                *one[:3], cache, policy, positions=one[3], rope=rope, angles=their_angles, scale=scale,
+                sliding_window=sliding_window, layer=layer,
+            )  # fmt: skip
+            return cache, out[:, 0]
+
+        cache, out = jax.lax.scan(step, cache, jax.tree.map(lambda x: x.swapaxes(0, 1), ((q, k, v, positions), angles)))
+        return out.swapaxes(0, 1), cache
+
     q = q.reshape(batch, count, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, H, G, T, D]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, H, T, D]
     unrotated = k
@@ -80,7 +97,7 @@ def attend(
         q, k = rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None])
 
     if cache is None:
-        cache = policy.init(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
+        cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
     lost = None
     if count == 1 and cache.slots > 0:
         if policy.budget is None:
@@ -93,7 +110,7 @@ def attend(
         capacity = cache.slots
         cache = write(cache, k[:, :, 0], v[:, :, 0], positions[:, 0])
     else:
-        capacity = policy.capacity(cache.slots + count) if capacity is None else capacity
+        capacity = policy.capacity_after(cache.slots, count) if capacity is None else capacity
         cache = extend(cache, k, v, positions)
 
     q_pos, k_pos, keys = positions[:, None, :], cache.pos, cache.k  # [B, 1, T], [B, H, N]
@@ -119,7 +136,9 @@ def attend(
     )
     if lost is not None:
         attended = attended._replace(out=jnp.where(lost[:, :, None, None, None], jnp.nan, attended.out))
-    cache = policy.update(cache, Seen(positions, q, unrotated, attended.out, Masses(attended.mass)), capacity)
+    cache = policy.update(
+        cache, Seen(positions, q, unrotated, attended.out, attended.lse, Masses(attended.mass)), capacity
+    )
     out = attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim)
     return out, cache
 
@@ -311,7 +330,7 @@ def _counted(need: Mass, q_pos, newest):
     return counted.astype(jnp.float32)
 
 
-def _check(q, k, v, cache, policy, positions, rope, capacity):
+def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
     check_policy(policy)
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"attend: q {q.shape} must be [B, T, q_heads, D], and k {k.shape} [B, T, kv_heads, D].")
@@ -329,6 +348,12 @@ def _check(q, k, v, cache, policy, positions, rope, capacity):
         raise ValueError(
             f"attend: positions have shape {positions.shape}; q of shape {q.shape} wants {(batch, count)}."
         )
+    if count == 0:
+        raise ValueError(f"attend: q has shape {q.shape}, without a token. Give at least one.")
+    if not (q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating)):
+        raise ValueError(f"attend: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; give one floating dtype.")
+    if sliding_window is not None:
+        whole("attend", "sliding_window", sliding_window, least=1, mend="None sees all.")
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"attend: positions are {positions.dtype}, and must be integers, i32[B, T]; -1 marks padding.")
     if policy.ranks is not None and rope is None:
@@ -337,20 +362,19 @@ def _check(q, k, v, cache, policy, positions, rope, capacity):
             f"un-rotated, and rope=kvjax.Rope(base=...)."
         )
     slots = 0 if cache is None else cache.slots
-    least = max(slots, count) if policy.budget is None else policy.capacity(count)
+    least = max(slots, count) if policy.budget is None and policy.grow is None else policy.capacity(count)
     if capacity is not None and capacity < least:
         raise ValueError(f"attend: capacity={capacity} is too small for {policy.name}, which needs {least} slots here.")
     if cache is None:
         return
+    if cache.made_by is not policy:
+        made_by = "no policy" if cache.made_by is None else cache.made_by.name
+        raise ValueError(
+            f"attend: the cache was made by {made_by}, and the policy given is {policy.name}. Give its own."
+        )
     want = (batch, k.shape[2], cache.slots, head_dim)
     if cache.k.shape != want or cache.k.dtype != k.dtype:
         raise ValueError(
             f"attend: the cache holds keys {cache.k.dtype}{list(cache.k.shape)}, but k of this call wants "
             f"{k.dtype}{list(want)}. Was this cache made for another model, batch or dtype?"
-        )
-    expected = jax.eval_shape(lambda: policy.init(LayerShape(batch, k.shape[2], cache.slots, head_dim, k.dtype, 0)))
-    if jax.tree.structure(expected) != jax.tree.structure(cache):
-        raise ValueError(
-            f"attend: the cache holds statistics {sorted(cache.stats)}, which are not those of {policy.name}: "
-            f"{sorted(expected.stats)}. Was this cache made by another policy?"
         )

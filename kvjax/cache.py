@@ -34,6 +34,7 @@ class LayerCache:
     pos: jax.Array  # i32[B, H, N], position in the sequence; -1 marks a free slot
     stats: dict[str, jax.Array]  # f32[B, H, N, ...], owned by scorers; 0 for a token that has just arrived
     carry: Any  # per-layer state that is not slot-aligned, or ()
+    made_by: "Policy | None" = dataclasses.field(default=None, metadata={"static": True})  # nobody else can read it
 
     @property
     def slots(self) -> int:
@@ -47,7 +48,7 @@ class LayerCache:
     def with_slots(self, aligned: tuple[Any, ...]) -> "LayerCache":
         """The same layer with other slots, given as `slot_aligned` gives them."""
         k, v, pos, stats = aligned
-        return LayerCache(k, v, pos, stats, self.carry)
+        return dataclasses.replace(self, k=k, v=v, pos=pos, stats=stats)
 
     def with_carry(self, carry: Any) -> "LayerCache":
         """The same slots beside another state of the layer."""

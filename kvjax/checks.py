@@ -17,6 +17,12 @@ def known(*arrays) -> bool:
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
+def check_params(params) -> None:
+    """It must be `Params`."""
+    if not isinstance(params, Params):
+        raise ValueError(f"params are a {type(params).__name__}, and must be kvjax.Params: pass model.params.")
+
+
 def as_array(name: str, given):
     """`given` with a shape and a dtype: lists become numpy arrays."""
     if hasattr(given, "dtype"):
@@ -98,6 +104,8 @@ def check_context(config: Config, policy: Policy, start, lengths, chunk: int, ro
 
 def check_cache(params: Params, policy: Policy, cache: Cache, batch: int) -> None:
     """The cache must belong to this model, policy and batch."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"cache is a {type(cache).__name__}, and must be a kvjax.Cache, which prefill returns.")
     if cache.config != params.config:
         raise ValueError(f"the cache was made for {cache.config}, and this model is {params.config}. Prefill it anew.")
     if cache.policy is not policy:
@@ -130,8 +138,8 @@ def check_step(params: Params, policy: Policy, token, cache: Cache) -> None:
     if position >= config.context:
         raise ValueError(f"position {position} is beyond the model's context of {config.context} tokens. Start anew.")
     slots = min(layer.slots for layer in cache.layers)
-    if policy.budget is None and longest >= slots:
+    if policy.budget is None and policy.capacity(longest + 1) > slots:
         raise ValueError(
-            f"all {slots} slots hold tokens, and {policy.name} frees none. Leave room for those to come: "
+            f"all {slots} slots are taken, and {policy.name} frees none. Leave room for those to come: "
             f"prefill(..., room=64)."
         )

@@ -19,7 +19,9 @@ PolicyOption = Annotated[str, typer.Option(help="A method of kvjax.policies, suc
 BudgetOption = Annotated[int | None, typer.Option(help="Slots that each head may keep.")]
 WindowOption = Annotated[int | None, typer.Option(help="Newest tokens that always stay (h2o, snapkv).")]
 SinksOption = Annotated[int | None, typer.Option(help="First tokens that always stay (streaming_llm).")]
-PoolOption = Annotated[int | None, typer.Option(help="Neighbours that share their votes (snapkv).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Another setting of the method, name=value; can be given again.")
+]
 FileOption = Annotated[Path | None, typer.Option("--file", help="Read the prompt from a UTF-8 file instead.")]
 
 
@@ -33,7 +35,7 @@ def generate(
     budget: BudgetOption = None,
     window: WindowOption = None,
     sinks: SinksOption = None,
-    pool: PoolOption = None,
+    settings: SetOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of the answer at most.")] = 128,
     chunk: Annotated[int | None, typer.Option(help="Read the prompt this many tokens at a time.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -47,7 +49,7 @@ def generate(
     import kvjax
 
     with _errors():
-        chosen = _policy(policy, budget=budget, window=window, sinks=sinks, pool=pool)
+        chosen = _policy(policy, settings, budget=budget, window=window, sinks=sinks)
         text = _prompt(prompt, file)
         loaded = _load(model, dtype)
         tokens, lengths = _encode(loaded, text)
@@ -109,7 +111,7 @@ def compare(
     with _errors():
         try:
             fractions = tuple(float(Fraction(part)) for part in budgets.split(","))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             raise ValueError(f"compare: budgets={budgets!r} must be fractions such as 1/2,1/4,1/8.") from None
         names = list(comparing.AT_BUDGET) if methods == "all" else methods.split(",")
         size = comparing.Size(tokens, fractions, contexts, per_kind, prose, forced, group, seed)
@@ -160,7 +162,7 @@ def view(
     budget: BudgetOption = None,
     window: WindowOption = None,
     sinks: SinksOption = None,
-    pool: PoolOption = None,
+    settings: SetOption = None,
     chunk: Annotated[int | None, typer.Option(help="Read the prompt this many tokens at a time.")] = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("out/view.html"),
 ) -> None:
@@ -170,7 +172,7 @@ def view(
     from kvjax.files import write_whole
 
     with _errors():
-        chosen = _policy(policy, budget=budget, window=window, sinks=sinks, pool=pool)
+        chosen = _policy(policy, settings, budget=budget, window=window, sinks=sinks)
         text = _prompt(prompt, file)
         loaded = _load(model, dtype)
         tokens, lengths = _encode(loaded, text)
@@ -204,24 +206,40 @@ def _errors():
         raise typer.Exit(2) from None
 
 
-def _policy(name: str, **settings):
-    """The policy called `name`, with the settings that were given."""
+def _policy(name: str, others: list[str] | None, **settings):
+    """The policy called `name`, with the settings that were given; `others` are of the form name=value."""
     from kvjax import policies
 
     if name not in policies.__all__:
         raise ValueError(f"there is no method {name!r}; there are {', '.join(policies.__all__)}.")
     make = getattr(policies, name)
     takes = inspect.signature(make).parameters
+
+    def option(key):
+        return f"--{key}" if key in settings else f"--set {key}="
+
     given = {key: value for key, value in settings.items() if value is not None}
+    for other in others or []:
+        key, _, value = other.partition("=")
+        given[key] = _parsed(value)
     for key in given:
         if key not in takes:
-            raise ValueError(
-                f"{name} takes no --{key}; it takes {', '.join(f'--{one}' for one in takes) or 'nothing'}."
-            )
+            raise ValueError(f"{name} takes no {option(key)}; it takes {', '.join(map(option, takes)) or 'nothing'}.")
     missing = [key for key, one in takes.items() if one.default is one.empty and key not in given]
     if missing:
-        raise ValueError(f"{name} needs {' and '.join(f'--{one}' for one in missing)}.")
+        raise ValueError(f"{name} needs {' and '.join(map(option, missing))}.")
     return make(**given)
+
+
+def _parsed(value: str):
+    """A number, true or false, none, or the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def _prompt(prompt: str, file: Path | None) -> str:

@@ -22,17 +22,34 @@ from kvjax.models.weights import Model
 from kvjax.policy import Policy
 from kvjax.report import report
 
-AT_BUDGET: dict[str, Callable[[int], Policy]] = {
-    "full": lambda budget: policies.full(),
-    "streaming_llm": lambda budget: policies.streaming_llm(budget),
-    "h2o": lambda budget: policies.h2o(budget, window=budget // 2),
-    "snapkv": lambda budget: policies.snapkv(budget, window=min(64, budget // 2)),
-    "d2o": lambda budget: policies.d2o(budget, window=budget // 4),
-    "cam": lambda budget: policies.cam(budget),
-    "tova": lambda budget: policies.tova(budget),
-    "keydiff": lambda budget: policies.keydiff(budget),
-    "random": lambda budget: policies.random(budget),
+AT_BUDGET: dict[str, Callable[[int, int], Policy]] = {  # of the budget in slots, and the tokens of a context
+    "full": lambda budget, tokens: policies.full(),
+    "streaming_llm": lambda budget, tokens: policies.streaming_llm(budget),
+    "h2o": lambda budget, tokens: policies.h2o(budget, window=budget // 2),
+    "snapkv": lambda budget, tokens: policies.snapkv(budget, window=min(64, budget // 2)),
+    "d2o": lambda budget, tokens: policies.d2o(budget, window=budget // 4),
+    "cam": lambda budget, tokens: policies.cam(budget),
+    "compactor": lambda budget, tokens: policies.compactor(budget),
+    "ems": lambda budget, tokens: policies.ems(budget + 1 - _few(budget), window=_few(budget)),
+    "kvmerger": lambda budget, tokens: _kvmerger(budget + 1 - _few(budget), _few(budget), budget / tokens),
+    "elastic_cache": lambda budget, tokens: policies.elastic_cache(1 - budget / tokens),
+    "tova": lambda budget, tokens: policies.tova(budget),
+    "keydiff": lambda budget, tokens: policies.keydiff(budget),
+    "random": lambda budget, tokens: policies.random(budget),
 }
+
+
+def _few(budget: int) -> int:
+    """Tokens between two compressions, of methods that compress now and then; their slots count as budget."""
+    return max(1, min(32, budget // 4))
+
+
+def _kvmerger(budget: int, every: int, share: float) -> Policy:
+    """With the parts of the budget that the paper leaves alone: those of its 50 %, or of its 35 %."""
+    window, heavy = (0.34, 0.24) if share > 0.4 else (0.23, 0.057)
+    return policies.kvmerger(budget, window=max(1, round(window * budget)), heavy=round(heavy * budget), every=every)
+
+
 PROMPT = "Read this text and remember it.\n\n{context}\n\n"
 QUESTION_TOKENS = 64  # of a question and its answer, about
 ANSWER_TOKENS = 18  # "The secret code of Nairobi is 1234567" and a little more
@@ -164,7 +181,10 @@ def plan(methods: Sequence[str], size: Size) -> list[Row]:
     budgets = [round(size.tokens * fraction) for fraction in size.fractions]
     rows = [Row("full", size.tokens, policies.full())]
     return rows + [
-        Row(name, budget, AT_BUDGET[name](budget)) for name in methods if name != "full" for budget in budgets
+        Row(name, budget, AT_BUDGET[name](budget, size.tokens))
+        for name in methods
+        if name != "full"
+        for budget in budgets
     ]
 
 
@@ -322,7 +342,7 @@ def _together(several: tuple[Policy, ...]) -> Policy:
 
         def alone(policy):
             fresh = policy.init(shape)
-            own = dataclasses.replace(cache, stats=fresh.stats, carry=fresh.carry)
+            own = dataclasses.replace(cache, stats=fresh.stats, carry=fresh.carry, made_by=policy)
             return policy.update(own, seen, policy.capacity(capacity))
 
         return tuple(alone(policy) for policy in several)

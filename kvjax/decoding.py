@@ -22,6 +22,7 @@ from kvjax.checks import (
     check_context,
     check_ids,
     check_lengths,
+    check_params,
     check_step,
     check_stop,
     check_tokens,
@@ -81,6 +82,7 @@ def prefill(
       ValueError: If arguments do not fit together; token ids, lengths and the model's context are checked where
         their values are known, that is not under jit.
     """
+    check_params(params)
     check_policy(policy)
     tokens = as_array("tokens", tokens)
     batch, count = check_tokens(tokens)
@@ -101,9 +103,13 @@ def prefill(
 
     def capacity(layer):  # a slot that is still free from an earlier turn is not asked for again
         slots = 0 if layer is None else layer.slots
-        return max(policy.capacity((slots if seen is None else seen) + count + room), slots)
+        if seen is None:
+            return policy.capacity_after(slots, count + room)
+        return max(policy.capacity(seen + count + room), slots)
 
     capacities = [capacity(layer) for layer in layers]
+    if chunk < count and cache is None and policy.stepwise == "turns":
+        raise ValueError(f"prefill: {policy.name} must see a prompt whole; leave out chunk={chunk}.")
     if chunk < count or (chunk == 1 and cache is not None):
         # Every chunk meets the slots that the last one leaves, so one program serves them all.
         if cache is None:
@@ -141,6 +147,7 @@ def step(params: Params, policy: Policy, token: jax.Array, cache: Cache) -> tupl
       ValueError: If arguments do not fit together; outside jit also if the policy keeps every token and no slot is
         free: prefill with room=. Under jit the logits of such a row are nan.
     """
+    check_params(params)
     check_policy(policy)
     token = as_array("token", token)
     check_step(params, policy, token, cache)
@@ -247,6 +254,7 @@ def decode(
     Raises:
       ValueError: See `prefill`.
     """
+    check_params(params)
     max_new_tokens = whole(
         "decode", "max_new_tokens", max_new_tokens, least=1, mend="kvjax.prefill reads and says nothing."
     )
@@ -316,8 +324,11 @@ def _decoded(state, tokens):
 
 def empty_cache(params: Params, policy: Policy, batch: int, *, tokens: int = 0) -> Cache:
     """A cache that has seen nothing, with the slots that `policy` needs for a sequence of `tokens`."""
+    check_params(params)
+    check_policy(policy)
+    batch, tokens = whole("empty_cache", "batch", batch, least=1), whole("empty_cache", "tokens", tokens, least=0)
     shape = functools.partial(
         LayerShape, batch, params.config.kv_heads, policy.capacity(tokens), params.config.head_dim, params.embed.dtype
     )
-    layers = tuple(policy.init(shape(i)) for i in range(params.config.layers))
+    layers = tuple(policy.empty(shape(i)) for i in range(params.config.layers))
     return Cache(layers, jnp.zeros(batch, jnp.int32), policy, params.config)

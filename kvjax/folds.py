@@ -13,6 +13,7 @@ from kvjax.cache import FREE, LayerCache
 from kvjax.policy import Seen
 
 BLOCK = 256  # losers that are compared with all kept keys at once
+FEW = 64  # losers up to which a fold writes rows, and not whole buffers
 LAST = jnp.iinfo(jnp.int32).max  # a position behind all others
 
 
@@ -113,11 +114,15 @@ def fold(cache: LayerCache, losers: Losers, target: jax.Array, weight: jax.Array
     joins = losers.real & (weight != 0)
     slot = seen.done(jnp.where(joins, target, cache.slots))  # beyond the last: dropped
     weight, total = jnp.where(joins, weight, 0.0), jnp.where(joins, total, 0.0)
-    if slot.shape[-1] == 1:
+    if slot.shape[-1] <= FEW:  # the rows of the targets alone are read and written
+        same = (slot[..., :, None] == slot[..., None, :]).astype(
+            jnp.float32
+        )  # losers of one target: its row, each time
+        divisor = 1 + jnp.einsum("bhef,bhf->bhe", same, total)[..., None]
 
         def folded(leaf, lost):
-            new = (at(leaf, target).astype(jnp.float32) + weight[..., None] * lost) / (1 + total)[..., None]
-            return put(leaf, slot, new)
+            gathered = jnp.einsum("bhef,bhfd->bhed", same, weight[..., None] * lost)
+            return put(leaf, slot, (at(leaf, target).astype(jnp.float32) + gathered) / divisor)
 
         return cache.with_slots((folded(cache.k, losers.k), folded(cache.v, losers.v), cache.pos, cache.stats))
 

@@ -45,6 +45,7 @@ class Seen(NamedTuple):
       q: [B, H, G, T, D], this call's queries as attention used them (rotated).
       k: [B, H, T, D], this call's keys as they were given: not rotated, if attention rotated them.
       out: [B, H, G, T, D], attention's output.
+      lse: f32[B, H, G, T], log-sum-exp of the logits; -inf for a query that saw nothing.
       mass: The statistics that the policy asked for in `needs`.
     """
 
@@ -52,6 +53,7 @@ class Seen(NamedTuple):
     q: jax.Array
     k: jax.Array
     out: jax.Array
+    lse: jax.Array
     mass: Masses
 
     @property
@@ -98,6 +100,9 @@ class Policy:
       update: (LayerCache with N slots, Seen, capacity) -> LayerCache with `capacity` slots.
       ranks: None where keys are cached rotated, at their true positions. Else keys are cached un-rotated, and
         (pos i32[B, H, N]) -> i32[B, H or 1, N] gives each slot the position, below N, at which attention reads it.
+      grow: For a policy without a budget, (tokens seen) -> the most slots that they take; None keeps every token.
+      stepwise: Which calls of several tokens are read token by token, as decode steps: "never"; "turns", all but a
+        prompt; or "always".
       bias: None, or (LayerCache) -> f32[B, H, N], added to the attention logits of each slot but the query's own.
     """
 
@@ -108,10 +113,22 @@ class Policy:
     update: Callable[[LayerCache, Seen, int], LayerCache]
     ranks: Callable[[jax.Array], jax.Array] | None = None
     bias: Callable[[LayerCache], jax.Array] | None = None
+    grow: Callable[[int], int] | None = None
+    stepwise: str = "never"
+
+    def empty(self, shape: LayerShape) -> LayerCache:
+        """Free slots for one layer, marked as this policy's."""
+        return dataclasses.replace(self.init(shape), made_by=self)
 
     def capacity(self, tokens: int) -> int:
         """Slots to allocate for a sequence of `tokens`: one above the budget, where the next token is written."""
-        return tokens if self.budget is None else self.budget + 1
+        if self.budget is not None:
+            return self.budget + 1
+        return tokens if self.grow is None else self.grow(tokens)
+
+    def capacity_after(self, slots: int, tokens: int) -> int:
+        """Slots to allocate for `tokens` more in a cache that has `slots`, all of them taken."""
+        return self.capacity(tokens) + (slots if self.budget is None else 0)
 
     def __repr__(self) -> str:
         return self.name
@@ -124,6 +141,8 @@ def evict(
     select: Callable = selects.top_k,
     fate: Callable | None = None,
     ranks: Callable | None = None,
+    bias: Callable | None = None,
+    stepwise: str = "never",
 ) -> Policy:
     """A policy that scores every slot, keeps what `select` chooses and frees the rest.
 
@@ -134,6 +153,8 @@ def evict(
       fate: (cache, kept, seen, losers: the most that a row and head may lose) -> cache, before the losers are freed:
         what becomes of them (see `folds`). None drops them.
       ranks: See `Policy`.
+      bias: See `Policy`.
+      stepwise: See `Policy`.
     """
 
     def init(shape):
@@ -148,7 +169,7 @@ def evict(
             cache = free_losers(cache, kept)
         return resize(cache, capacity)
 
-    return Policy("evict", budget, scorer.needs, init, update, ranks)
+    return Policy("evict", budget, scorer.needs, init, update, ranks, bias, stepwise=stepwise)
 
 
 def check_policy(policy: Any) -> None:
@@ -171,7 +192,8 @@ def method(make: Callable[..., Policy]) -> Callable[..., Policy]:
 
     @functools.cache
     def made(settings: tuple[tuple[str, Any], ...]) -> Policy:
-        name = f"{make.__name__}({', '.join(f'{key}={value!r}' for key, value in settings)})"
+        said = [f"{key}={value!r}" for key, value in settings if value != signature.parameters[key].default]
+        name = f"{make.__name__}({', '.join(said)})"
         return dataclasses.replace(make(**dict(settings)), name=name)
 
     @functools.wraps(make)

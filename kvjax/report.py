@@ -45,6 +45,8 @@ class Report:
 
 def report(cache: Cache) -> Report:
     """Reads off what `cache` holds. Needs its values: not under jit."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"report: cache is a {type(cache).__name__}, and must be a kvjax.Cache.")
     layers, config = cache.layers, cache.config
     by_kind = {
         "keys": nbytes([layer.k for layer in layers]),

@@ -28,6 +28,9 @@ def make_draw(temperature: float, top_k: int | None, top_p: float | None) -> Dra
     Raises:
       ValueError: If a setting is out of its range, or has no effect.
     """
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if value is not None and (isinstance(value, str) or np.ndim(value)):
+            raise ValueError(f"sampling: {name}={value!r} must be a number.")
     if not temperature >= 0:
         raise ValueError(f"sampling: temperature={temperature} must be 0 (greedy) or above.")
     if top_k is not None:
@@ -42,7 +45,7 @@ def make_draw(temperature: float, top_k: int | None, top_p: float | None) -> Dra
         return None
     return Draw(
         jnp.float32(temperature),
-        None if top_k is None else jnp.int32(top_k),
+        None if top_k is None else jnp.int32(min(top_k, 2**31 - 1)),
         None if top_p is None else jnp.float32(top_p),
     )
 
@@ -89,6 +92,8 @@ def row_keys(key: jax.Array | int | None, rows: int) -> jax.Array:
     if key is None:
         key = 0
     if isinstance(key, int | np.integer):
+        if not -(2**63) <= key < 2**63:
+            raise ValueError(f"sampling: key={key} does not fit 64 bits; give a smaller seed.")
         key = jax.random.key(key)
     if not isinstance(key, jax.Array):
         raise ValueError(f"sampling: key={key!r} must be a seed, a jax.random key, or a key for each row.")

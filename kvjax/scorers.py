@@ -1,13 +1,24 @@
 """Scorers: by what slots are kept. New statistics go here, beside their kin."""
 
+import jax
 import jax.numpy as jnp
 
+from kvjax.cache import FREE
 from kvjax.policy import Mass, Scorer
 
 
 def keep_stats(cache, seen):
     """The `observe` of scorers that keep no statistics of their own."""
     return cache.stats
+
+
+def place_in_cache(pos: jax.Array) -> jax.Array:
+    """For `Policy.ranks`: how many tokens of the same row and head are older, i32[B, H, N]."""
+    if pos.shape[-1] > 512:
+        order = jnp.argsort(jnp.where(pos == FREE, jnp.iinfo(pos.dtype).max, pos), axis=-1)
+        return jnp.argsort(order, axis=-1)
+    older = (pos[..., None, :] < pos[..., None]) & (pos[..., None, :] != FREE)  # on a CPU quicker than two sorts
+    return older.sum(axis=-1)
 
 
 def recency() -> Scorer:

@@ -22,12 +22,16 @@ def top_k(score: jax.Array, pos: jax.Array, budget: int) -> jax.Array:
     excess = pos.shape[-1] - budget
     if excess <= 0:
         return pos != FREE
+    # XLA may compute a score twice, with another last bit: a slot that one pass found is told by its index after that.
+    slot = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2)
     if excess == 1:  # a decode step: one pass instead of a sort
-        worst = score.min(axis=-1, keepdims=True)
-        last = jnp.where(score == worst, pos, FREE).max(axis=-1, keepdims=True)
+        worst = jnp.argmin(score, axis=-1, keepdims=True)
+        tied = (slot == worst) | (score == jnp.take_along_axis(score, worst, axis=-1))
+        last = jnp.where(tied, pos, FREE).max(axis=-1, keepdims=True)
         full = (pos != FREE).all(axis=-1, keepdims=True)
         return (pos != FREE) & ~(full & (pos == last))
-    # Slot order says nothing about age, so ties are broken by sorting the pair (score, pos).
-    best_first, their_pos = jax.lax.sort((-score, pos), dimension=-1, num_keys=2)
-    edge, edge_pos = -best_first[..., budget - 1 : budget], their_pos[..., budget - 1 : budget]
-    return (pos != FREE) & ((score > edge) | ((score == edge) & (pos <= edge_pos)))
+    # Slot order says nothing about age, so ties are broken by sorting the pair (score, pos); 0 - x is never -0.
+    _, _, best_first = jax.lax.sort((0 - score, pos, slot), dimension=-1, num_keys=2)
+    row, head = jnp.arange(pos.shape[0])[:, None, None], jnp.arange(pos.shape[1])[None, :, None]
+    best = jnp.zeros(pos.shape, bool).at[row, head, best_first[..., :budget]].set(True, unique_indices=True)
+    return best & (pos != FREE)

@@ -9,7 +9,22 @@ import pytest
 
 import kvjax
 from kvjax import policies
-from tests.oracles import cam, d2o, full, h2o, keydiff, random_eviction, snapkv, streaming_llm, tova
+from kvjax.policies.compactor import projection
+from tests.oracles import (
+    cam,
+    compactor,
+    d2o,
+    elastic_cache,
+    ems,
+    full,
+    h2o,
+    keydiff,
+    kvmerger,
+    random_eviction,
+    snapkv,
+    streaming_llm,
+    tova,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +37,7 @@ class Row:
       sinks: First tokens that it always keeps.
       window: Newest tokens that it always keeps; None stands for all that the sinks leave of the budget.
       heads_alike: Whether all heads of a layer keep the same tokens, in slots of the same order.
+      slack: Tokens below the budget that may be in use, in methods that compress now and then.
       folds: Whether losers are folded into kept tokens, whose values then are no longer their own.
     """
 
@@ -30,6 +46,7 @@ class Row:
     sinks: int = 0
     window: int | None = 0
     heads_alike: bool = False
+    slack: int = 0
     folds: bool = False
 
 
@@ -82,15 +99,6 @@ POLICIES = {
         window=4,
         folds=True,
     ),
-    "d2o(per_head, code_mean)": Row(
-        lambda budget: policies.d2o(budget, window=4, sinks=1, weights="code_mean", gate="per_head", smoothing=0.5),
-        lambda budget, **kw: d2o.run(
-            heavy=budget - 4, window=4, sinks=1, weights="code_mean", gate="per_head", beta=0.5, **kw
-        ),
-        sinks=1,
-        window=4,
-        folds=True,
-    ),
     "cam": Row(
         lambda budget: policies.cam(budget, sinks=2, targets=3, seed=5),
         lambda budget, **kw: cam.run(
@@ -98,6 +106,40 @@ POLICIES = {
         ),
         sinks=2,
         window=None,
+        folds=True,
+    ),
+    "compactor": Row(
+        lambda budget: policies.compactor(budget, first=2, last=1, sketch=6, chunk=5, seed=3),
+        lambda budget, **kw: compactor.run(
+            budget=budget, first=2, last=1, chunk=5, phi=projection(3, 0, kw["k"].shape[1], kw["k"].shape[2], 6), **kw
+        ),
+        sinks=2,
+        window=1,
+    ),
+    "ems": Row(
+        lambda budget: policies.ems(budget - 2, window=3, similar=0.1),
+        lambda budget, **kw: ems.run(budget=budget - 2, window=3, tau=0.1, **kw),
+        window=3,
+        slack=2,
+        folds=True,
+    ),
+    "kvmerger": Row(
+        lambda budget: policies.kvmerger(budget - 2, window=3, heavy=2, every=3),
+        lambda budget, **kw: kvmerger.run(budget=budget - 2, window=3, heavy=2, remerge_every=3, **kw),
+        window=3,
+        slack=2,
+        folds=True,
+    ),
+}
+
+VARIANTS = {  # of the same methods: only held to their oracles
+    "d2o(per_head, code_mean)": Row(
+        lambda budget: policies.d2o(budget, window=4, sinks=1, weights="code_mean", gate="per_head", smoothing=0.5),
+        lambda budget, **kw: d2o.run(
+            heavy=budget - 4, window=4, sinks=1, weights="code_mean", gate="per_head", beta=0.5, **kw
+        ),
+        sinks=1,
+        window=4,
         folds=True,
     ),
     "cam(heavy)": Row(
@@ -108,8 +150,62 @@ POLICIES = {
         window=4,
         folds=True,
     ),
+    "h2o(greedy)": Row(
+        lambda budget: policies.h2o(budget, window=4, prompt="greedy"),
+        lambda budget, **kw: h2o.run(budget=budget, window=4, prefill="greedy", **kw),
+    ),
+    "h2o(rolling)": Row(
+        lambda budget: policies.h2o(budget, window=4, positions="rolling"),
+        lambda budget, **kw: h2o.run(budget=budget, window=4, positions="rolling", **kw),
+    ),
+    "h2o(greedy, rolling)": Row(
+        lambda budget: policies.h2o(budget, window=4, prompt="greedy", positions="rolling"),
+        lambda budget, **kw: h2o.run(budget=budget, window=4, prefill="greedy", positions="rolling", **kw),
+    ),
+    "ems(mean, dense)": Row(
+        lambda budget: policies.ems(budget, window=4, combine="mean", keep=1.0, merge=3, similar=0.0, transfer=False),
+        lambda budget, **kw: ems.run(
+            budget=budget, window=4, combine="mean", p_keep=1.0, max_merge=3, tau=0.0, transfer_score=False, **kw
+        ),
+    ),
+    "kvmerger(paper)": Row(
+        lambda budget: policies.kvmerger(
+            budget,
+            window=2,
+            heavy=1,
+            rule="threshold",
+            threshold=0.3,
+            value_scale="set_size",
+            count_bias=False,
+            every=4,
+        ),
+        lambda budget, **kw: kvmerger.run(
+            budget=budget,
+            window=2,
+            heavy=1,
+            rule="threshold",
+            eps=0.3,
+            value_scale="set_size",
+            count_bias=False,
+            remerge_every=4,
+            **kw,
+        ),
+    ),
+    "kvmerger(fixed width)": Row(
+        lambda budget: policies.kvmerger(budget, window=2, heavy=1, sigma=2.0, every=1),
+        lambda budget, **kw: kvmerger.run(budget=budget, window=2, heavy=1, sigma=2.0, remerge_every=1, **kw),
+    ),
+    "elastic_cache": Row(
+        lambda budget: policies.elastic_cache(0.5, distance=3),
+        lambda budget, **kw: elastic_cache.run(r=0.5, distance=3, **kw),
+    ),
+    "elastic_cache(most)": Row(
+        lambda budget: policies.elastic_cache(0.7, sinks=2, last=2, distance=1),
+        lambda budget, **kw: elastic_cache.run(r=0.7, start_size=2, protect_size=2, distance=1, **kw),
+    ),
 }
 
+every_variant = pytest.mark.parametrize("row", (POLICIES | VARIANTS).values(), ids=POLICIES | VARIANTS)
 every_method = pytest.mark.parametrize("row", POLICIES.values(), ids=POLICIES)
 bounded_methods = {name: row for name, row in POLICIES.items() if row.make(10).budget is not None}
 every_bounded_method = pytest.mark.parametrize("row", bounded_methods.values(), ids=bounded_methods)

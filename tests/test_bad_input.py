@@ -116,6 +116,25 @@ def test_a_policy_that_is_none(policy):
         kvjax.step(PARAMS, policy, TOKENS[:, 0], cache)
 
 
+def test_arguments_that_are_something_else():
+    logits, cache = kvjax.prefill(PARAMS, H2O, TOKENS)
+    for wrong in (None, CONFIG):
+        with refuses("pass model.params"):
+            kvjax.decode(wrong, H2O, TOKENS, max_new_tokens=1)
+    for wrong in ((logits, cache), cache.layers[0]):
+        with refuses("must be a kvjax.Cache"):
+            kvjax.step(PARAMS, H2O, TOKENS[:, 0], wrong)
+        with refuses("must be a kvjax.Cache"):
+            kvjax.report(wrong)
+    with refuses("tokens=-3 must be at least 0"):
+        kvjax.empty_cache(PARAMS, H2O, 2, tokens=-3)
+    for settings in ({"temperature": "1"}, {"temperature": 1.0, "top_p": "x"}, {"temperature": 1.0, "key": 2**70}):
+        with refuses("sampling: "):
+            kvjax.decode(PARAMS, H2O, TOKENS, max_new_tokens=1, **settings)
+    with refuses("source=3 must be"):
+        kvjax.load(3)
+
+
 def test_heads_that_are_no_dictionary():
     with refuses("with_heads: heads=3 must be a dictionary"):
         kvjax.with_heads(PARAMS, 3)
@@ -124,7 +143,7 @@ def test_heads_that_are_no_dictionary():
 
 def test_a_token_without_a_slot_is_refused_and_under_jit_is_nan():
     _, cache = kvjax.prefill(PARAMS, FULL, TOKENS, lengths=(24, 23, 24))
-    with refuses("all 24 slots hold tokens"):
+    with refuses("all 24 slots are taken"):
         kvjax.step(PARAMS, FULL, TOKENS[:, 0], cache)
     logits, _ = jax.jit(kvjax.step)(PARAMS, FULL, TOKENS[:, 0], cache)
     assert np.isnan(logits[0]).all() and np.isfinite(logits[1]).all() and np.isnan(logits[2]).all()
@@ -216,7 +235,7 @@ def test_a_step_into_a_full_cache_without_room(tokens):
     cache = small_cache(FULL)
     if tokens:
         _, cache = kvjax.prefill(PARAMS, FULL, TOKENS[:, :tokens])
-    with refuses(f"all {tokens} slots hold tokens.*room="):
+    with refuses(f"all {tokens} slots are taken.*room="):
         kvjax.step(PARAMS, FULL, TOKENS[:, 0], cache)
 
 
@@ -289,7 +308,7 @@ def pieces(count=4, q_heads=4, kv_heads=2, dim=8, batch=2, dtype=jnp.float32):
 
 
 def layer(policy, batch=2, kv_heads=2, slots=11, dim=8, dtype=jnp.float32):
-    return policy.init(LayerShape(batch, kv_heads, slots, dim, dtype, 0))
+    return policy.empty(LayerShape(batch, kv_heads, slots, dim, dtype, 0))
 
 
 @cases(
@@ -310,11 +329,11 @@ def layer(policy, batch=2, kv_heads=2, slots=11, dim=8, dtype=jnp.float32):
         "a cache of another batch": ({"cache": layer(H2O, batch=3)}, r"float32\[3, 2, 11, 8\].*float32\[2, 2, 11, 8\]"),
         "a cache of another model": ({"cache": layer(H2O, kv_heads=1)}, r"float32\[2, 1, 11, 8\]"),
         "a cache of another dtype": ({"cache": layer(H2O, dtype=jnp.bfloat16)}, r"bfloat16\[2, 2, 11, 8\]"),
-        "a cache without the statistics": (
-            {"cache": layer(STREAMING)},
-            r"statistics \[\].*not those of h2o\(budget=10, window=4\): \['mass'\]",
-        ),
-        "a cache with other statistics": ({"cache": layer(policies.snapkv(10, window=4))}, "'votes'.*'mass'"),
+        "a cache of another policy": ({"cache": layer(STREAMING)}, r"made by streaming_llm.* given is h2o"),
+        "a cache of another budget": ({"cache": layer(policies.h2o(5, window=4), slots=6)}, r"made by h2o\(budget=5"),
+        "a sliding window of nothing": ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
+        "values of another dtype": ({"v": pieces()["v"].astype(jnp.bfloat16)}, "float32, float32 and bfloat16"),
+        "no token": (pieces(count=0), "without a token"),
         "no rope for positions given anew": ({"policy": STREAMING, "rope": None}, "streaming_llm.*rope=kvjax.Rope"),
         "too little capacity for all tokens": ({"policy": FULL, "capacity": 3}, "capacity=3"),
         "capacity that leaves no free slot": ({"capacity": 10}, "capacity=10"),

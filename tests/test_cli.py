@@ -236,13 +236,16 @@ def refused(here):
     "given, named",
     [
         ("--policy best", "there is no method 'best'; there are cam, "),
-        ("--policy h2o --budget 8 --window 4 --sinks 2", "h2o takes no --sinks; it takes --budget, --window."),
+        (
+            "--policy h2o --budget 8 --window 4 --sinks 2",
+            "h2o takes no --sinks; it takes --budget, --window, --set prompt=, --set positions=.",
+        ),
         ("--policy full --budget 8", "full takes no --budget; it takes nothing."),
         ("--policy h2o --window 4", "h2o needs --budget."),
         ("--policy h2o", "h2o needs --budget and --window."),
         ("--policy h2o --budget 8 --window 8", "h2o: window=8 is outside 1..7."),
         ("--policy streaming_llm --budget 4", "streaming_llm: sinks=4 is outside 0..3."),
-        ("--policy snapkv --budget 90 --pool 4", "snapkv: pool=4 is not a positive odd number"),
+        ("--policy snapkv --budget 90 --set pool=4", "snapkv: pool=4 is not a positive odd number"),
         ("--policy tova --budget 0", "tova: budget=0 leaves no slot"),
         ("--policy tova --budget 8 --dtype float99", "dtype='float99'; wanted one of ('float32', 'bfloat16')"),
         ("--policy tova --budget 8 --dtype int8", "dtype=int8; wanted one of"),

@@ -77,7 +77,7 @@ def test_speeds_and_scores_are_numbers_of_their_kind():
 @pytest.mark.parametrize("row", range(1, 5))
 def test_bytes_are_those_of_the_formula_for_one_context(row):
     row, config = measured()[0][row], tiny_model().config
-    group = documented_bytes(row.method, config=config, batch=SIZE.group, budget=row.budget, tokens=0, number=4)
+    group = documented_bytes(row.policy, config=config, batch=SIZE.group, tokens=0, number=4)
     assert row.bytes == group / SIZE.group
     full = measured()[0][0]
     assert_allclose(row.share, row.bytes / full.bytes, rtol=0.08)  # as above
@@ -148,7 +148,7 @@ def heard(monkeypatch):
 
 def test_a_budget_that_holds_everything_gives_the_answers_of_full(heard, monkeypatch):
     size = dataclasses.replace(SIZE, fractions=(1.0,), contexts=2, prose=2)
-    ample = {name: (lambda budget, row=row: row.make(budget + 100)) for name, row in POLICIES.items()}
+    ample = {name: (lambda budget, tokens, row=row: row.make(budget + 100)) for name, row in POLICIES.items()}
     monkeypatch.setattr(compare, "AT_BUDGET", ample)
     monkeypatch.setattr(compare, "_measure_prefill", lambda *given: None)  # compiles a program for each method
     full, *others = compare.compare(tiny_model(), list(POLICIES), size)

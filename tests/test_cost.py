@@ -21,9 +21,10 @@ PARAMS = random_params()
 BUDGET = 10
 
 
-def documented_bytes(method: str, *, config, batch: int, budget: int, tokens: int, number: int) -> int:
+def documented_bytes(policy: kvjax.Policy, *, config, batch: int, tokens: int, number: int) -> int:
     """The formula in a method's docstring, such as `L B H (budget + 1) (2 D b + 4) + 4 B`, with numbers put in."""
-    formula = re.search(r"Bytes: ([^,.]+)", inspect.getdoc(getattr(policies, method.split("(")[0]))).group(1)
+    method, settings = policy.name.split("(", 1)
+    formula = re.search(r"Bytes: ([^,.]+)", inspect.getdoc(getattr(policies, method))).group(1)
     names = {
         "L": config.layers,
         "B": batch,
@@ -31,8 +32,9 @@ def documented_bytes(method: str, *, config, batch: int, budget: int, tokens: in
         "D": config.head_dim,
         "b": number,
         "n": tokens,
-        "budget": budget,
     }
+    defaults = {key: one.default for key, one in inspect.signature(getattr(policies, method)).parameters.items()}
+    names |= defaults | {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)\b", settings)}
     return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), names)
 
 
@@ -47,9 +49,7 @@ def test_nbytes_is_the_formula_in_the_docstring(method, dtype):
     policy, params = POLICIES[method].make(BUDGET), random_params(dtype=dtype)
     _, cache = kvjax.prefill(params, policy, random_tokens(3, 24), lengths=(24, 13, 3))
     size = jnp.dtype(dtype).itemsize
-    assert kvjax.nbytes(cache) == documented_bytes(
-        method, config=CONFIG, batch=3, budget=BUDGET, tokens=24, number=size
-    )
+    assert kvjax.nbytes(cache) == documented_bytes(policy, config=CONFIG, batch=3, tokens=24, number=size)
 
 
 @every_method
@@ -146,9 +146,10 @@ def compiled_step(policy, config, batch, slots):
 def test_a_step_writes_in_place_and_copies_nothing_of_the_caches_size(row):
     # streaming_llm and keydiff turn or norm the keys of one layer at a time: 0.8 of its bytes, whatever the layers.
     config = dataclasses.replace(CONFIG, layers=10, head_dim=64, context=1024)
+    # Methods that compress now and then gather what they compress: 2.6 layers, of SmolLM2's cache 8 %.
     memory, size = compiled_step(row.make(512), config, batch=2, slots=512)
     assert memory.alias_size_in_bytes == size
-    assert memory.temp_size_in_bytes < 0.1 * size
+    assert memory.temp_size_in_bytes < (0.27 if row.slack else 0.1) * size
 
 
 def counting(traces):

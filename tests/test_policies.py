@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 import kvjax
 from kvjax import policies
 from kvjax.draws import mix
-from tests.methods import every_method, kept_positions
+from tests.methods import every_variant, kept_positions
 
 Q_HEADS, KV_HEADS, HEAD_DIM, BASE = 6, 2, 8, 100.0  # a small base: rotations matter within a few tokens
 
@@ -52,7 +52,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
-@every_method
+@every_variant
 def test_outputs_and_kept_positions_are_those_of_the_oracle(row, calls):
     budget, (prompts, rest) = 10, calls
     q, k, v = streams(len(prompts), max(prompts) + sum(rest), seed=3)

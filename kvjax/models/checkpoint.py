@@ -118,6 +118,10 @@ def _check_config(config: Config, origin: str) -> None:
             f"{origin}: {config.q_heads} query heads are no multiple of {config.kv_heads} key-value heads. "
             f"Is the file damaged?"
         )
+    if not 0 <= config.norm_epsilon < 1:
+        raise ValueError(f"{origin}: the norm's epsilon={config.norm_epsilon} is outside 0..1. Is the file damaged?")
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise ValueError(f"{origin}: sliding_window={config.sliding_window} must be at least 1. Is the file damaged?")
     if config.head_dim % 2:
         raise ValueError(f"{origin}: head_dim={config.head_dim} is odd; rotary positions need pairs of channels.")
 

@@ -220,7 +220,10 @@ def _read_tokenizer(file: Path):
 def _read_template(path: Path, said: dict) -> str | None:
     file = path / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}. Fetch it again.") from None
     template = said.get("chat_template")
     if isinstance(template, list):  # several by name
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]

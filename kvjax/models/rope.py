@@ -37,6 +37,12 @@ class Rope:
     base: float = 10000.0
     scaling: Llama3Scaling | LinearScaling | None = None
 
+    def __post_init__(self):
+        """Refuses numbers that give no rotation."""
+        factor = 1.0 if self.scaling is None else self.scaling.factor
+        if not (1 < self.base < math.inf and 0 < factor < math.inf):
+            raise ValueError(f"rope: base={self.base} must be above 1, and the scaling's factor={factor} above 0.")
+
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position of each channel pair, f32[head_dim / 2]."""
         freqs = self.base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)

@@ -121,6 +121,8 @@ def load(source: str | os.PathLike, *, dtype: Any = "float32") -> Model:
       ModuleNotFoundError: If the package that "smollm2" or a hub name needs is not installed.
     """
     wanted = _parse_dtype(dtype)
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise ValueError(f"load: source={source!r} must be 'smollm2', a path, or a name on the hub.")
     path = _locate(source)
     if path.is_dir():
         from kvjax.models.hugging_face import open_directory as open_checkpoint

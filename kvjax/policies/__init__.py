@@ -1,13 +1,31 @@
 """The methods, one file each."""
 
 from kvjax.policies.cam import cam
+from kvjax.policies.compactor import compactor
 from kvjax.policies.d2o import d2o
+from kvjax.policies.elastic_cache import elastic_cache
+from kvjax.policies.ems import ems
 from kvjax.policies.full import full
 from kvjax.policies.h2o import h2o
 from kvjax.policies.keydiff import keydiff
+from kvjax.policies.kvmerger import kvmerger
 from kvjax.policies.random import random
 from kvjax.policies.snapkv import snapkv
 from kvjax.policies.streaming_llm import streaming_llm
 from kvjax.policies.tova import tova
 
-__all__ = ["cam", "d2o", "full", "h2o", "keydiff", "random", "snapkv", "streaming_llm", "tova"]
+__all__ = [
+    "cam",
+    "compactor",
+    "d2o",
+    "elastic_cache",
+    "ems",
+    "full",
+    "h2o",
+    "keydiff",
+    "kvmerger",
+    "random",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+]

@@ -96,6 +96,9 @@ def choose(scores: np.ndarray, budget: int) -> list[list[int]]:
     return [sorted(common.best(dict(enumerate(row)), budget)) for row in scores]
 
 
+LATE = 1e6
+
+
 def run(
     q,
     k,
@@ -113,34 +116,48 @@ def run(
     pool: int = 3,
     ridge: float = 1e-2,
 ) -> list[common.Call]:
-    """`phi` is f64[H, D, r]; `blending` None stands for the share of the prompt that goes."""
+    """`phi` is f64[H, D, r]; `blending` None stands for the share of the call's tokens that goes.
+
+    Every call of several tokens scores its own. Its last tokens, and tokens that come alone, rank above all scores, the
+    newer above the older; the first of the stream always stay.
+    """
     if budget < 1 or chunk < 1 or min(first, last) < 0:
         raise ValueError(f"out of range: {budget=}, {chunk=}, {first=}, {last=}")
     if pool < 1 or pool % 2 == 0:
         raise ValueError(f"pool must be odd, got {pool}")
     q, k, v, phi = (np.asarray(x, np.float64) for x in (q, k, v, phi))
-    n = calls[0]
+    ranks: list[dict[int, float]] = []  # per kv head
 
-    def turned(x):
-        return np.stack([[common.rope(head, p, base) for head in x[p]] for p in range(n)])
+    def turned(x, start, stop):
+        return np.stack([[common.rope(head, p, base) for head in x[p]] for p in range(start, stop)])
 
     def choice(seen):
-        if seen.now >= n:
-            return [sorted(hand) for hand in seen.hands], [{} for _ in seen.hands]
-        scores = score(
-            turned(q),
-            turned(k),
-            k[:n],
-            v[:n],
-            phi,
-            blending=removed_share(n, budget) if blending is None else blending,
-            first=first,
-            last=last,
-            chunk=chunk,
-            scale=scale,
-            pool=pool,
-            ridge=ridge,
-        )
-        return choose(scores, budget), [{p: float(s) for p, s in enumerate(row)} for row in scores]
+        stop, count = seen.now + 1, len(seen.probs[0])
+        start = stop - count
+        if not ranks:
+            ranks.extend({} for _ in seen.hands)
+        if count > 1:
+            own = score(
+                turned(q, start, stop),
+                turned(k, start, stop),
+                k[start:stop],
+                v[start:stop],
+                phi,
+                blending=removed_share(count, budget) if blending is None else blending,
+                first=max(first - start, 0),
+                last=last,
+                chunk=chunk,
+                scale=scale,
+                pool=pool,
+                ridge=ridge,
+            )
+        kept = []
+        for h, hand in enumerate(seen.hands):
+            for p in range(start, stop):
+                late = count == 1 or np.isinf(own[h][p - start])
+                ranks[h][p] = LATE + p if late else float(own[h][p - start])
+            now = {p: np.inf if p < first else ranks[h][p] for p in hand}
+            kept.append(common.best(now, budget) if len(hand) > budget else list(hand))
+        return kept, [dict(rank) for rank in ranks]
 
     return common.replay(q, k, v, calls, base=base, choose=choice)

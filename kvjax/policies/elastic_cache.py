@@ -1,0 +1,94 @@
+"""Elastic Cache, anchors for the instruction and a fixed point for the answer. Liu et al. 2024, arXiv:2407.18121."""
+
+import dataclasses
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache import FREE, LayerCache, empty, free_losers, resize
+from kvjax.folds import LAST, at, first_slots, fold, gather_losers
+from kvjax.policy import Mass, Policy, Seen, method
+
+
+@method
+def elastic_cache(pruned: float = 0.5, *, sinks: int = 1, last: int = 1, distance: int = 25) -> Policy:
+    """Keeps a share of all tokens: the most attended of the prompt, which take in the others, and the newest.
+
+    The prompt's most attended tokens, one choice for all heads, are anchors; each other token is averaged into the
+    nearest by position. From then on, whenever there are more than 1 - `pruned` of all tokens seen, the oldest one
+    behind a fixed place of the cache goes. So it grows, more slowly than a full cache.
+
+    Bytes: L B H (n (1 - pruned) + 1) (2 D b + 8) + 4 B, the slots rounded up.
+
+    Args:
+      pruned: Share of the tokens seen that is not kept, the paper's r.
+      sinks: First tokens of the prompt that stay as they are.
+      last: Last tokens of the prompt that stay as they are.
+      distance: Slots at the end of the compressed prompt that may go later; those before them never do.
+
+    Source: paper and code, and the paper where the code's selection has errors. Differs: tokens keep their true
+    positions (the code numbers new ones by the length of the cache); a later turn is read token by token; a prompt
+    cannot be read in chunks, since its length decides what is kept. Nothing in it looks at what is image and what text.
+    """
+    if not 0 <= pruned < 1:
+        raise ValueError(f"elastic_cache: pruned={pruned} must be at least 0 and below 1; it is the share that goes.")
+    if sinks < 0 or last < 0 or distance < 0:
+        raise ValueError(f"elastic_cache: sinks={sinks}, last={last} and distance={distance} must not be negative.")
+    share = Fraction(pruned).limit_denominator(1000)
+    num, den = share.numerator, share.denominator
+
+    def init(shape):
+        return empty(shape, {"permanent": ()})
+
+    def grow(tokens):
+        return tokens - num * tokens // den + 1
+
+    def update(cache, seen, capacity):
+        if seen.positions.shape[1] < cache.slots:  # not the prompt
+            return resize(thin(cache, seen), capacity)
+        return resize(compress(cache, seen), capacity)
+
+    def thin(cache: LayerCache, seen: Seen) -> LayerCache:
+        occupied = cache.pos != FREE
+        held, length = occupied.sum(axis=-1, keepdims=True), (seen.now + 1)[:, None, None]
+        over = (den * held - length * (den - num) >= den) & (length > 0)
+        may_go = occupied & (cache.stats["permanent"] == 0) & (cache.pos < length - 1)
+        oldest = jnp.where(may_go, cache.pos, LAST).min(axis=-1, keepdims=True)
+        return free_losers(cache, occupied & ~(over & (cache.pos == oldest)))
+
+    def compress(cache: LayerCache, seen: Seen) -> LayerCache:
+        slots, occupied = cache.slots, cache.pos != FREE
+        length = occupied.sum(axis=-1, keepdims=True)  # [B, H, 1]
+        stay = length - num * length // den
+        first = jnp.minimum(sinks, stay)
+        final = jnp.minimum(last, stay - first)
+        protected = (cache.pos < first) | (cache.pos >= length - final)
+        mass = seen.mass[Mass()].mean(axis=1, keepdims=True)
+        score = jnp.where(occupied, jnp.where(protected, jnp.inf, mass), -jnp.inf)
+        _, _, best = jax.lax.sort((0 - score, cache.pos, _slots(cache)), dimension=-1, num_keys=2)
+        kept = occupied & (at(jnp.argsort(best, axis=-1), _slots(cache)) < stay)
+
+        # Each of the others joins the nearest anchor, the left one of two.
+        order = first_slots(cache.pos, occupied, slots)
+        pos, anchor = at(cache.pos, order), at(kept & ~protected, order)
+        left = jax.lax.cummax(jnp.where(anchor, _slots(cache), -1), axis=2)
+        right = jax.lax.cummin(jnp.where(anchor, _slots(cache), slots), axis=2, reverse=True)
+        to_left = jnp.where(left >= 0, pos - at(pos, left.clip(0)), LAST)
+        to_right = jnp.where(right < slots, at(pos, right.clip(0, slots - 1)) - pos, LAST)
+        nearest = jnp.where(to_left <= to_right, left, right).clip(0, slots - 1)
+        losers = gather_losers(cache, kept, max(slots - (slots - num * slots // den), 1))
+        place = at(jnp.argsort(order, axis=-1), losers.slot)
+        joins = (anchor.any(axis=-1, keepdims=True) & losers.real).astype(jnp.float32)
+        cache = fold(cache, losers, at(order, at(nearest, place)), joins, joins, seen)
+
+        rank = at(jnp.cumsum(at(kept, order), axis=-1) - 1, jnp.argsort(order, axis=-1))
+        fixed = jnp.maximum(jnp.minimum(sinks, stay), jnp.minimum(stay - distance, stay - 1))
+        permanent = (kept & (rank < fixed)).astype(jnp.float32)
+        return free_losers(dataclasses.replace(cache, stats={"permanent": permanent}), kept)
+
+    return Policy("elastic_cache", None, frozenset({Mass()}), init, update, grow=grow, stepwise="turns")
+
+
+def _slots(cache):
+    return jnp.broadcast_to(jnp.arange(cache.slots, dtype=jnp.int32), cache.pos.shape)

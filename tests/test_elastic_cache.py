@@ -1,0 +1,61 @@
+"""What sets Elastic Cache apart from the methods of the shared table: it grows, and it must see a prompt whole."""
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+import kvjax
+from kvjax import policies
+from tests.methods import kept_positions
+from tests.tiny import CONFIG, random_params, random_tokens
+
+PARAMS, TOKENS = random_params(), random_tokens(3, 24)
+HALF = policies.elastic_cache(0.5, distance=3)
+
+
+def test_it_keeps_its_share_of_prompt_and_answer_in_every_row():
+    out = kvjax.decode(PARAMS, HALF, TOKENS, lengths=(24, 13, 3), max_new_tokens=11)
+    for layer in out.cache.layers:
+        for b, seen in enumerate((35, 24, 14)):
+            assert {len(kept) for kept in kept_positions(layer, b)} == {seen - seen // 2}
+
+
+def test_bytes_are_those_of_its_share_and_one_slot():
+    _, cache = kvjax.prefill(PARAMS, HALF, TOKENS, room=7)
+    slots = 31 - 31 // 2 + 1
+    per_slot = 2 * CONFIG.head_dim * 4 + 8
+    assert kvjax.nbytes(cache) == CONFIG.layers * 3 * CONFIG.kv_heads * slots * per_slot + 4 * 3
+
+
+def test_nothing_pruned_is_the_full_cache():
+    want = kvjax.decode(PARAMS, policies.full(), TOKENS, lengths=(24, 13, 3), max_new_tokens=6)
+    got = kvjax.decode(PARAMS, policies.elastic_cache(0.0), TOKENS, lengths=(24, 13, 3), max_new_tokens=6)
+    assert_array_equal(got.tokens, want.tokens)
+    assert_allclose(got.logits, want.logits, atol=1e-4)
+
+
+def test_a_later_turn_is_as_many_steps():
+    _, cache = kvjax.prefill(PARAMS, HALF, TOKENS, room=8)
+    want, turn = kvjax.prefill(PARAMS, HALF, random_tokens(3, 5, seed=1), cache=cache)
+    for token in random_tokens(3, 5, seed=1).T:
+        logits, cache = kvjax.step(PARAMS, HALF, token, cache)
+    assert_allclose(logits, want, atol=1e-5)
+    assert [kept_positions(layer, 0) for layer in cache.layers] == [kept_positions(layer, 0) for layer in turn.layers]
+
+
+def test_a_prompt_in_chunks_is_refused():
+    with pytest.raises(ValueError, match="must see a prompt whole; leave out chunk=8"):
+        kvjax.prefill(PARAMS, HALF, TOKENS, chunk=8)
+
+
+def test_a_step_without_room_is_refused_and_under_jit_is_nan():
+    _, cache = kvjax.prefill(PARAMS, policies.elastic_cache(0.1), random_tokens(1, 9))
+    logits, cache = kvjax.step(PARAMS, policies.elastic_cache(0.1), TOKENS[:1, 0], cache)
+    with pytest.raises(ValueError, match="room=64"):
+        kvjax.step(PARAMS, policies.elastic_cache(0.1), TOKENS[:1, 0], cache)
+    assert np.isfinite(logits).all()
+    step = jax.jit(kvjax.step)
+    _, cache = step(PARAMS, policies.elastic_cache(0.1), TOKENS[:1, 0], cache)  # takes the last slot
+    lost, _ = step(PARAMS, policies.elastic_cache(0.1), TOKENS[:1, 0], cache)
+    assert np.isnan(lost).all()
