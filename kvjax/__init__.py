@@ -1,6 +1,6 @@
 """Small key-value caches for language models, in JAX, on TPU and GPU."""
 
-from kvjax import policies
+from kvjax import plans, policies
 from kvjax.attention import attend
 from kvjax.cache import Cache, LayerCache, nbytes
 from kvjax.decoding import Decoded, decode, empty_cache, prefill, step
@@ -23,6 +23,7 @@ __all__ = [
     "empty_cache",
     "load",
     "nbytes",
+    "plans",
     "policies",
     "prefill",
     "report",

@@ -20,7 +20,7 @@ BLOCK_LOGITS = 2**17  # queries times slots of one block, for each query head; 6
 
 
 class Attended(NamedTuple):
-    """What `attend_slots` returns: `out` [B, H, G, T, D], `lse` f32[B, H, G, T], `mass` {Mass: f32[B, H, N]}."""
+    """What `attend_slots` returns: `out` [B, H, G, T, D], `lse` f32[B, H, G, T], and `mass`, what was asked for."""
 
     out: jax.Array
     lse: jax.Array
@@ -183,7 +183,9 @@ def attend_slots(
 
     span = -(-count // SPANS) if count >= 64 * SPANS else count
     outs, lses = [], []
-    mass = {need: jnp.zeros(k_pos.shape, jnp.float32) for need in needs}
+    batch, heads, group = q.shape[:3]
+    shapes = {need: (batch, heads, group, slots) if need.by_query_head else (batch, heads, slots) for need in needs}
+    mass = {need: jnp.zeros(shape, jnp.float32) for need, shape in shapes.items()}
     for start in range(0, count, span):
         stop = min(start + span, count)
         seen = before + stop  # slots that the span can see
@@ -214,7 +216,7 @@ def attend_slots(
         )
         outs.append(out)
         lses.append(lse)
-        mass = {need: mass[need].at[:, :, :seen].add(columns[need]) for need in needs}
+        mass = {need: mass[need].at[..., :seen].add(columns[need]) for need in needs}
     return Attended(jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3), mass)
 
 
@@ -276,7 +278,10 @@ def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):
     ).reshape(batch, heads, group, count, head_dim)
     out = (out / total[..., None]).astype(v.dtype)
     columns = {
-        need: jnp.einsum("bhgt,bhgtn->bhn", weight[:, :, None] / group / total, p) for need, weight in weights.items()
+        need: jnp.einsum("bhgt,bhgtn->bhgn", weight[:, :, None] / total, p)
+        if need.by_query_head
+        else jnp.einsum("bhgt,bhgtn->bhn", weight[:, :, None] / group / total, p)
+        for need, weight in weights.items()
     }
     return out, lse, columns
 
@@ -301,7 +306,7 @@ def _attend_one(q, k, v, q_pos, k_pos, *, needs, bias, sliding_window):
         axis=2,
     )[:, :, :, None].astype(v.dtype)  # [B, H, G, 1, D]
     mass = p.mean(axis=2)  # one query is the newest `last` of any number
-    return Attended(out, lse[..., None], {need: mass for need in needs})
+    return Attended(out, lse[..., None], {need: p if need.by_query_head else mass for need in needs})
 
 
 def _mask(logits, q_pos, k_pos, bias, sliding_window):
@@ -332,6 +337,8 @@ def _counted(need: Mass, q_pos, newest):
 
 def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
     check_policy(policy)
+    if policy.layers:
+        raise ValueError(f"attend: {policy.name} has a policy for each layer; give this layer's, policy.layers[i].")
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"attend: q {q.shape} must be [B, T, q_heads, D], and k {k.shape} [B, T, kv_heads, D].")
     batch, count, q_heads, head_dim = q.shape

@@ -93,13 +93,14 @@ def check_context(config: Config, policy: Policy, start, lengths, chunk: int, ro
     if not known(start, lengths):
         return
     read = int(np.max(np.asarray(start) + np.asarray(lengths)))
-    if policy.ranks is None:
-        last, mend = read + room, "Shorten the prompt, or ask for fewer new tokens."
-    else:
-        in_hand = min(read, policy.capacity(read) - 1 + chunk), min(read + room, policy.capacity(read + room))
-        last, mend = max(in_hand), "Lower the budget, shorten the prompt, or read it with chunk=512."
-    if last > config.context:
-        raise ValueError(f"position {last - 1} is beyond the model's context of {config.context} tokens. {mend}")
+    for own in set(policy.of_layers(config.layers)):
+        if own.ranks is None:
+            last, mend = read + room, "Shorten the prompt, or ask for fewer new tokens."
+        else:
+            in_hand = min(read, own.capacity(read) - 1 + chunk), min(read + room, own.capacity(read + room))
+            last, mend = max(in_hand), "Lower the budget, shorten the prompt, or read it with chunk=512."
+        if last > config.context:
+            raise ValueError(f"position {last - 1} is beyond the model's context of {config.context} tokens. {mend}")
 
 
 def check_cache(params: Params, policy: Policy, cache: Cache, batch: int) -> None:
@@ -134,12 +135,14 @@ def check_step(params: Params, policy: Policy, token, cache: Cache) -> None:
     if wrong.size:
         raise ValueError(f"token {wrong[0]} is outside 0..{config.vocab - 1}, the model's vocabulary; -1 stops a row.")
     longest = int(np.max(np.asarray(cache.length), where=ids >= 0, initial=-1))
-    position = longest if policy.ranks is None else min(longest, policy.capacity(longest) - 1)
-    if position >= config.context:
-        raise ValueError(f"position {position} is beyond the model's context of {config.context} tokens. Start anew.")
-    slots = min(layer.slots for layer in cache.layers)
-    if policy.budget is None and policy.capacity(longest + 1) > slots:
-        raise ValueError(
-            f"all {slots} slots are taken, and {policy.name} frees none. Leave room for those to come: "
-            f"prefill(..., room=64)."
-        )
+    for own, layer in zip(policy.of_layers(config.layers), cache.layers, strict=True):
+        position = longest if own.ranks is None else min(longest, own.capacity(longest) - 1)
+        if position >= config.context:
+            raise ValueError(
+                f"position {position} is beyond the model's context of {config.context} tokens. Start anew."
+            )
+        if own.budget is None and own.capacity(longest + 1) > layer.slots:
+            raise ValueError(
+                f"all {layer.slots} slots are taken, and {own.name} frees none. Leave room for those to come: "
+                f"prefill(..., room=64)."
+            )

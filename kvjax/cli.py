@@ -22,6 +22,7 @@ SinksOption = Annotated[int | None, typer.Option(help="First tokens that always 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Another setting of the method, name=value; can be given again.")
 ]
+DEMO = "full,streaming_llm,h2o,snapkv,tova,keydiff,compactor,ems,kvmerger"  # within six minutes on two cores
 FileOption = Annotated[Path | None, typer.Option("--file", help="Read the prompt from a UTF-8 file instead.")]
 
 
@@ -85,7 +86,7 @@ def generate(
 
 @app.command()
 def compare(
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas; all is every one.")] = "all",
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; all is every one.")] = DEMO,
     model: ModelOption = "smollm2",
     dtype: DtypeOption = "float32",
     tokens: Annotated[int, typer.Option(help="Tokens of a context.")] = 1000,

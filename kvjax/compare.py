@@ -27,7 +27,7 @@ AT_BUDGET: dict[str, Callable[[int, int], Policy]] = {  # of the budget in slots
     "streaming_llm": lambda budget, tokens: policies.streaming_llm(budget),
     "h2o": lambda budget, tokens: policies.h2o(budget, window=budget // 2),
     "snapkv": lambda budget, tokens: policies.snapkv(budget, window=min(64, budget // 2)),
-    "d2o": lambda budget, tokens: policies.d2o(budget, window=budget // 4),
+    "d2o": lambda budget, tokens: policies.d2o(budget, window=budget // 2),
     "cam": lambda budget, tokens: policies.cam(budget),
     "compactor": lambda budget, tokens: policies.compactor(budget),
     "ems": lambda budget, tokens: policies.ems(budget + 1 - _few(budget), window=_few(budget)),

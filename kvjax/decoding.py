@@ -6,7 +6,6 @@ compiled program shared by all of them, so that one layer at most is ever at ful
 they become one program. Decoding is one unrolled program with the cache donated and written in place.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -99,17 +98,19 @@ def prefill(
     tokens = jnp.asarray(tokens, jnp.int32)
 
     layers = [None] * params.config.layers if cache is None else list(cache.layers)
+    policies = policy.of_layers(len(layers))
     seen = int(np.max(start)) if known(start) else None
 
-    def capacity(layer):  # a slot that is still free from an earlier turn is not asked for again
+    def capacity(policy, layer):  # a slot that is still free from an earlier turn is not asked for again
         slots = 0 if layer is None else layer.slots
         if seen is None:
             return policy.capacity_after(slots, count + room)
         return max(policy.capacity(seen + count + room), slots)
 
-    capacities = [capacity(layer) for layer in layers]
-    if chunk < count and cache is None and policy.stepwise == "turns":
-        raise ValueError(f"prefill: {policy.name} must see a prompt whole; leave out chunk={chunk}.")
+    capacities = [capacity(*layer) for layer in zip(policies, layers, strict=True)]
+    for own in set(policies):
+        if chunk < count and cache is None and own.stepwise == "turns":
+            raise ValueError(f"prefill: {own.name} must see a prompt whole; leave out chunk={chunk}.")
     if chunk < count or (chunk == 1 and cache is not None):
         # Every chunk meets the slots that the last one leaves, so one program serves them all.
         if cache is None:
@@ -122,8 +123,8 @@ def prefill(
         positions = jnp.arange(at, at + chunk)
         positions = jnp.where(positions < lengths[:, None], start[:, None] + positions, FREE)
         x, angles = _embed(params, tokens[:, at : at + chunk], positions)
-        for i, block in enumerate(params.blocks):
-            x, layers[i] = run_layer(block, x, layers[i], positions, angles, i, policy, params.config, capacities[i])
+        for i, (block, own) in enumerate(zip(params.blocks, policies, strict=True)):
+            x, layers[i] = run_layer(block, x, layers[i], positions, angles, i, own, params.config, capacities[i])
         last = _keep_last(last, x, lengths - 1 - at)
     return _logits(params, last), Cache(tuple(layers), start + lengths, policy, params.config)
 
@@ -160,8 +161,9 @@ def step_with(layer_program: Callable, params: Params, policy: Policy, token: ja
     positions = jnp.where(active, cache.length, FREE)[:, None]
     x, angles = _embed(params, token[:, None], positions)
     layers = []
+    policies = policy.of_layers(len(cache.layers))
     for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
-        x, layer = layer_program(block, x, layer, positions, angles, i, policy, params.config, layer.slots)
+        x, layer = layer_program(block, x, layer, positions, angles, i, policies[i], params.config, layer.slots)
         layers.append(layer)
     return _logits(params, x[:, 0]), Cache(tuple(layers), cache.length + active, policy, params.config)
 
@@ -327,8 +329,11 @@ def empty_cache(params: Params, policy: Policy, batch: int, *, tokens: int = 0) 
     check_params(params)
     check_policy(policy)
     batch, tokens = whole("empty_cache", "batch", batch, least=1), whole("empty_cache", "tokens", tokens, least=0)
-    shape = functools.partial(
-        LayerShape, batch, params.config.kv_heads, policy.capacity(tokens), params.config.head_dim, params.embed.dtype
-    )
-    layers = tuple(policy.empty(shape(i)) for i in range(params.config.layers))
+    config = params.config
+
+    def layer(i, own):
+        capacity = own.capacity(tokens)
+        return own.empty(LayerShape(batch, config.kv_heads, capacity, config.head_dim, params.embed.dtype, i))
+
+    layers = tuple(layer(i, own) for i, own in enumerate(policy.of_layers(config.layers)))
     return Cache(layers, jnp.zeros(batch, jnp.int32), policy, params.config)

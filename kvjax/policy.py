@@ -20,13 +20,20 @@ class Mass(NamedTuple):
 
     Attributes:
       last: Only the newest `last` queries of this call count, in each row; None counts all.
+      by_query_head: True gives each query head its own, f32[B, H, G, N].
     """
 
     last: int | None = None
+    by_query_head: bool = False
+
+    def __str__(self) -> str:
+        """As it is written: settings that are not the default."""
+        said = [f"last={self.last}"] * (self.last is not None) + ["by_query_head=True"] * self.by_query_head
+        return f"Mass({', '.join(said)})"
 
     def __lt__(self, other: "Mass") -> bool:
         """An order, which jax wants of the keys of a dictionary; the one that counts all queries comes first."""
-        return (self.last or 0) < (other.last or 0)
+        return (self.last or 0, self.by_query_head) < (other.last or 0, other.by_query_head)
 
 
 class Masses(dict[Mass, jax.Array]):
@@ -34,7 +41,7 @@ class Masses(dict[Mass, jax.Array]):
 
     def __missing__(self, need):
         asked = ", ".join(map(str, self)) or "nothing"
-        raise ValueError(f"the policy reads {need}, but asked for {asked}. Add it to its needs.")
+        raise ValueError(f"the policy reads {need!s}, but asked for {asked}. Add it to its needs.")
 
 
 class Seen(NamedTuple):
@@ -101,6 +108,7 @@ class Policy:
       ranks: None where keys are cached rotated, at their true positions. Else keys are cached un-rotated, and
         (pos i32[B, H, N]) -> i32[B, H or 1, N] gives each slot the position, below N, at which attention reads it.
       grow: For a policy without a budget, (tokens seen) -> the most slots that they take; None keeps every token.
+      layers: A policy for each layer, of which this one is made (`plans.by_layer`); () where all are alike.
       stepwise: Which calls of several tokens are read token by token, as decode steps: "never"; "turns", all but a
         prompt; or "always".
       bias: None, or (LayerCache) -> f32[B, H, N], added to the attention logits of each slot but the query's own.
@@ -115,6 +123,13 @@ class Policy:
     bias: Callable[[LayerCache], jax.Array] | None = None
     grow: Callable[[int], int] | None = None
     stepwise: str = "never"
+    layers: tuple["Policy", ...] = ()
+
+    def of_layers(self, count: int) -> tuple["Policy", ...]:
+        """The policies of a model's `count` layers."""
+        if self.layers and len(self.layers) != count:
+            raise ValueError(f"{self.name} is a plan for {len(self.layers)} layers, and this model has {count}.")
+        return self.layers or (self,) * count
 
     def empty(self, shape: LayerShape) -> LayerCache:
         """Free slots for one layer, marked as this policy's."""

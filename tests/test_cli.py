@@ -172,7 +172,7 @@ def test_compare_writes_a_table_a_csv_and_a_picture(tiny, here):
 def test_compare_knows_all_methods(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(compare, "compare", lambda model, names, size, advance: asked.extend(names) or [FULL, H2O])
-    run_well("compare", "--model", tiny)
+    run_well("compare", "--model", tiny, "--methods", "all")
     assert sorted(asked) == sorted(policies.__all__)
 
 

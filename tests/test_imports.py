@@ -14,7 +14,7 @@ LAYERS = [
     ["counts", "cache", "draws", "policy", "scorers", "selects", "folds", "codecs", "attention", "models.rope"],
     ["policies"],
     ["models", "heads", "checks", "sampling", "report", "decoding"],
-    ["serve", "tasks", "files", "tables", "compare", "view", "cli"],
+    ["plans", "serve", "tasks", "files", "tables", "compare", "view", "cli"],
     ["train"],
 ]
 HEIGHT = {

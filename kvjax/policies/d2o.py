@@ -9,7 +9,14 @@ from kvjax.scorers import attention_mass, protect
 
 @method
 def d2o(
-    budget: int, *, window: int, sinks: int = 4, smoothing: float = 0.7, weights: str = "exp", gate: str = "rank_mean"
+    budget: int,
+    *,
+    window: int,
+    sinks: int = 4,
+    smoothing: float = 0.7,
+    weights: str = "exp",
+    gate: str = "rank_mean",
+    into_sinks: bool = True,
 ) -> Policy:
     """Evicts as H2O does, and folds each loser that is similar enough to a kept token into it.
 
@@ -27,6 +34,11 @@ def d2o(
       weights: "exp", or "code_mean" for the weights of the published code: cosines, over a count.
       gate: Whose cosine is compared with the threshold when several tokens leave at once: "rank_mean", that of the
         losers of equal rank, averaged over heads, as in the published code; or "per_head", the loser's own.
+      into_sinks: Whether sinks can be joined, as in the published code.
+
+    On prose it loses to H2O: SmolLM2 at 1/8 of 1000 tokens has a KL of 0.23 nats, and 0.15 with the same window, sinks
+    and scores and nothing merged. Half of the losers pass a threshold that is their mean, so that the 125 tokens kept
+    take in some 440 others, and are no longer what they were; leaving the sinks alone changes nothing.
 
     Source: the published code for threshold and gate, the paper's Eq. 11 (second-hand) for the weights. Differs:
     compresses at the end of the prompt, and not in the first step after it; scores are averaged over the query heads
@@ -46,7 +58,8 @@ def d2o(
 
     def compensate(cache, kept, seen, count):
         losers = gather_losers(cache, kept, count)
-        target, cosine = nearest(cache, kept, losers)
+        targets = kept if into_sinks else kept & (cache.pos >= sinks)
+        target, cosine = nearest(cache, targets, losers)
         number = losers.real.sum(axis=(1, 2))  # [B], over heads
         mean = jnp.where(losers.real, cosine, 0.0).sum(axis=(1, 2)) / jnp.maximum(number, 1)
         unset = jnp.isnan(cache.carry)

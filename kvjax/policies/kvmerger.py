@@ -44,6 +44,10 @@ def kvmerger(
       count_bias: Adds ln(length) to the logits of a run, so that it weighs as much as its tokens did.
       every: Tokens that arrive before runs are looked for again.
 
+    On prose it loses to H2O: SmolLM2 at 1/8 of 1000 tokens has a KL of 0.19 to 0.28 nats, and H2O 0.15. What is neither
+    new nor heavy is kept for being unlike its neighbours, which is a poor reason (see keydiff): the larger the share
+    that stays alone, the smaller the KL. A width of 5 helps where few stay alone.
+
     Source: reviews and comparisons that quote the paper; neither its text nor code was to be had. The paper defines no
     merging while decoding: `every` is ours, and so are "budget", the bias and "mean", which lose less.
     """
