@@ -38,7 +38,7 @@ def d2o(
 
     On prose it loses to H2O: SmolLM2 at 1/8 of 1000 tokens has a KL of 0.23 nats, and 0.15 with the same window, sinks
     and scores and nothing merged. Half of the losers pass a threshold that is their mean, so that the 125 tokens kept
-    take in some 440 others, and are no longer what they were; leaving the sinks alone changes nothing.
+    take in 420 others, and are no longer what they were; leaving the sinks alone changes nothing.
 
     Source: the published code for threshold and gate, the paper's Eq. 11 (second-hand) for the weights. Differs:
     compresses at the end of the prompt, and not in the first step after it; scores are averaged over the query heads
