@@ -1,13 +1,13 @@
 """Small key-value caches for language models, in JAX, on TPU and GPU."""
 
-from kvjax import plans, policies
+from kvjax import codecs, plans, policies
 from kvjax.attention import attend
 from kvjax.cache import Cache, LayerCache, nbytes
 from kvjax.decoding import Decoded, decode, empty_cache, prefill, step
 from kvjax.models.llama import Params, with_heads
 from kvjax.models.rope import Rope
 from kvjax.models.weights import Model, load
-from kvjax.policy import Policy
+from kvjax.policy import Policy, store
 from kvjax.report import report
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Policy",
     "Rope",
     "attend",
+    "codecs",
     "decode",
     "empty_cache",
     "load",
@@ -28,5 +29,6 @@ __all__ = [
     "prefill",
     "report",
     "step",
+    "store",
     "with_heads",
 ]

@@ -5,6 +5,7 @@ output, the log-sum-exp and the column sums; the T x N matrix never exists. Quer
 each of which sees a static prefix of the slots, and so causality skips nearly half of the work.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -98,8 +99,14 @@ def attend(
 
     if cache is None:
         cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
-    lost = None
-    if count == 1 and cache.slots > 0:
+    first, stored, lost = cache.slots == 0, None, None
+    if policy.has_codecs and not first:
+        there = jnp.broadcast_to((positions != FREE)[:, None], k.shape[:3])
+        cache = policy.fit(cache, k, v, there, q, positions)
+        k, v = policy.projected(k, v, cache.fitted)
+        if policy.keys is not None and policy.keys.query is not None:
+            q = policy.keys.query(q, cache.fitted[1])
+    if count == 1 and not first:
         if policy.budget is None:
             lost = (cache.pos != FREE).all(axis=-1) & (positions >= 0)  # [B, H]
             if not isinstance(lost, jax.core.Tracer) and lost.any():
@@ -108,14 +115,17 @@ def attend(
                     f"call before this one capacity=, with room for the tokens to come."
                 )
         capacity = cache.slots
-        cache = write(cache, k[:, :, 0], v[:, :, 0], positions[:, 0])
+        new = policy.stored(cache, k, v)
+        stored = write(cache, *jax.tree.map(lambda leaf: leaf[:, :, 0], (new.k, new.v)), positions[:, 0])
+        cache = policy.loaded(stored)
     else:
         capacity = policy.capacity_after(cache.slots, count) if capacity is None else capacity
-        cache = extend(cache, k, v, positions)
+        cache = extend(cache if first else policy.loaded(cache), k, v, positions)
 
     q_pos, k_pos, keys = positions[:, None, :], cache.pos, cache.k  # [B, 1, T], [B, H, N]
     if policy.ranks is not None:
-        ranks = policy.ranks(after(q, cache.pos))  # else XLA holds the angles of all layers at once  # [B, H or 1, N]
+        # [B, H or 1, N]; XLA would compute and hold the angles of all layers at once, if they did not wait for q
+        ranks = policy.ranks(after(q, cache.pos))
         cos, sin = rope.table(cache.slots, head_dim)
         keys = rotate(keys, cos[ranks], sin[ranks])
         q_pos = _own(ranks, cache.pos, positions)  # [B, H or 1, T]
@@ -136,9 +146,15 @@ def attend(
     )
     if lost is not None:
         attended = attended._replace(out=jnp.where(lost[:, :, None, None, None], jnp.nan, attended.out))
-    cache = policy.update(
-        cache, Seen(positions, q, unrotated, attended.out, attended.lse, Masses(attended.mass)), capacity
-    )
+    seen = Seen(positions, q, unrotated, attended.out, attended.lse, Masses(attended.mass))
+    if first:
+        cache = policy.first(cache, seen, capacity)
+    else:
+        held, cache = cache, policy.update(cache, seen, capacity)
+        if stored is not None and cache.k is held.k and cache.v is held.v:  # nothing was written into them
+            cache = dataclasses.replace(cache, k=stored.k, v=stored.v)
+        elif policy.has_codecs:
+            cache = policy.stored(cache, cache.k, cache.v)
     out = attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim)
     return out, cache
 
@@ -244,15 +260,17 @@ def _over_blocks(attend_block, size, queries):
         return x.reshape(*x.shape[:3], blocks * size, *x.shape[5:])[:, :, :, :count]
 
     stacked = (split(q, 3), split(at, 2, FREE), {need: split(weight, 2) for need, weight in weights.items()})
-    shapes = jax.eval_shape(attend_block, jax.tree.map(lambda x: x[0], stacked))[0]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    columns, (out, _) = jax.eval_shape(attend_block, jax.tree.map(lambda x: x[0], stacked))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), columns)
+    stacked_q, *stacked_rest = stacked
+    if out.shape[-1] != stacked_q.shape[-1]:  # pruned keys: queries are narrower than values
+        stacked_q = jnp.pad(stacked_q, [(0, 0)] * 5 + [(0, out.shape[-1] - stacked_q.shape[-1])])
 
     def body(carry, block):  # the output takes the place of the queries, for the reason given in `llama.finish`
         i, total, queries = carry
-        columns, (out, lse) = attend_block((queries[i], *block))
+        columns, (out, lse) = attend_block((queries[i][..., : q.shape[-1]], *block))
         return (i + 1, jax.tree.map(jnp.add, total, columns), queries.at[i].set(out.astype(queries.dtype))), lse
 
-    stacked_q, *stacked_rest = stacked
     (_, columns, out), lse = jax.lax.scan(body, (0, zeros, stacked_q), tuple(stacked_rest))
     return columns, (join(out), join(lse))
 
@@ -275,7 +293,7 @@ def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):
     # The division by the total is left to the end: it then touches [t, D] instead of [t, n].
     out = jax.lax.dot_general(
         p.reshape(*flat, -1).astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    ).reshape(batch, heads, group, count, head_dim)
+    ).reshape(batch, heads, group, count, v.shape[-1])
     out = (out / total[..., None]).astype(v.dtype)
     columns = {
         need: jnp.einsum("bhgt,bhgtn->bhgn", weight[:, :, None] / total, p)
@@ -372,6 +390,9 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
     least = max(slots, count) if policy.budget is None and policy.grow is None else policy.capacity(count)
     if capacity is not None and capacity < least:
         raise ValueError(f"attend: capacity={capacity} is too small for {policy.name}, which needs {least} slots here.")
+    for codec in (policy.keys, policy.values):
+        if codec is not None:
+            codec.check(head_dim)
     if cache is None:
         return
     if cache.made_by is not policy:
@@ -379,9 +400,9 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
         raise ValueError(
             f"attend: the cache was made by {made_by}, and the policy given is {policy.name}. Give its own."
         )
-    want = (batch, k.shape[2], cache.slots, head_dim)
-    if cache.k.shape != want or cache.k.dtype != k.dtype:
+    want = (batch, k.shape[2], cache.slots)
+    if cache.pos.shape != want or cache.dtype != k.dtype or (policy.keys is None and cache.k.shape[3] != head_dim):
         raise ValueError(
-            f"attend: the cache holds keys {cache.k.dtype}{list(cache.k.shape)}, but k of this call wants "
-            f"{k.dtype}{list(want)}. Was this cache made for another model, batch or dtype?"
+            f"attend: the cache holds {cache.dtype} keys in [B, kv_heads, slots] = {list(cache.pos.shape)}, and k of "
+            f"this call is {k.dtype}{list(k.shape)}. Was this cache made for another model, batch or dtype?"
         )

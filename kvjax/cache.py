@@ -29,12 +29,14 @@ class LayerCache:
     same slots. So permute slots of all heads alike, or not at all.
     """
 
-    k: jax.Array  # [B, H, N, D]; rotated before storing, unless the policy gives positions anew
-    v: jax.Array  # [B, H, N, D]
+    k: Any  # [B, H, N, D], or a codec's tree of [B, H, N, ...]; rotated, unless the policy gives positions anew
+    v: Any  # [B, H, N, D], or a codec's tree
     pos: jax.Array  # i32[B, H, N], position in the sequence; -1 marks a free slot
     stats: dict[str, jax.Array]  # f32[B, H, N, ...], owned by scorers; 0 for a token that has just arrived
     carry: Any  # per-layer state that is not slot-aligned, or ()
     made_by: "Policy | None" = dataclasses.field(default=None, metadata={"static": True})  # nobody else can read it
+    dtype: Any = dataclasses.field(default=None, metadata={"static": True})  # of the vectors, however they are stored
+    fitted: Any = ()  # what codecs chose for this layer, with `begun` bool[B]; () without codecs
 
     @property
     def slots(self) -> int:
@@ -53,6 +55,10 @@ class LayerCache:
     def with_carry(self, carry: Any) -> "LayerCache":
         """The same slots beside another state of the layer."""
         return dataclasses.replace(self, carry=carry)
+
+    def with_fitted(self, fitted: Any) -> "LayerCache":
+        """The same slots beside other choices of their codecs."""
+        return dataclasses.replace(self, fitted=fitted)
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +100,7 @@ def empty(shape: LayerShape, stats: dict[str, tuple[int, ...]], carry: Any = ())
         pos=jnp.full(lead, FREE, jnp.int32),
         stats={name: jnp.zeros((*lead, *trailing), jnp.float32) for name, trailing in stats.items()},
         carry=carry,
+        dtype=jnp.dtype(shape.dtype),
     )
 
 
@@ -111,8 +118,10 @@ def extend(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) 
     return cache.with_slots(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache.slot_aligned(), new))
 
 
-def write(cache: LayerCache, k: jax.Array, v: jax.Array, position: jax.Array) -> LayerCache:
+def write(cache: LayerCache, k: Any, v: Any, position: jax.Array) -> LayerCache:
     """Puts one token, k and v [B, H, D] at `position` i32[B], into the first free slot of each row and head, in place.
+
+    Where the cache holds a codec's trees, so are k and v.
 
     A row whose position is -1 is left as it is. A row without a free slot loses the token: policies leave one, and
     `kvjax.step` checks it for the policies that grow.
@@ -133,8 +142,8 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, position: jax.Array) ->
 
     return cache.with_slots(
         (
-            put(cache.k, k),
-            put(cache.v, v),
+            jax.tree.map(put, cache.k, k),
+            jax.tree.map(put, cache.v, v),
             jnp.where(here, position[:, None, None], cache.pos),
             jax.tree.map(clear, cache.stats),
         )

@@ -343,7 +343,7 @@ def _together(several: tuple[Policy, ...]) -> Policy:
         def alone(policy):
             fresh = policy.init(shape)
             own = dataclasses.replace(cache, stats=fresh.stats, carry=fresh.carry, made_by=policy)
-            return policy.update(own, seen, policy.capacity(capacity))
+            return policy.first(own, seen, policy.capacity(capacity))
 
         return tuple(alone(policy) for policy in several)
 

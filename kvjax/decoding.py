@@ -97,7 +97,7 @@ def prefill(
     check_ids(params.config, tokens, lengths)
     tokens = jnp.asarray(tokens, jnp.int32)
 
-    layers = [None] * params.config.layers if cache is None else list(cache.layers)
+    layers = [None] * len(params.blocks) if cache is None else list(cache.layers)
     policies = policy.of_layers(len(layers))
     seen = int(np.max(start)) if known(start) else None
 

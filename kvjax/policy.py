@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from kvjax import selects
-from kvjax.cache import LayerCache, LayerShape, after, empty, free_losers, resize
+from kvjax.cache import FREE, LayerCache, LayerShape, after, empty, free_losers, resize
+from kvjax.codecs import Codec
 from kvjax.counts import whole
 
 
@@ -109,6 +111,8 @@ class Policy:
         (pos i32[B, H, N]) -> i32[B, H or 1, N] gives each slot the position, below N, at which attention reads it.
       grow: For a policy without a budget, (tokens seen) -> the most slots that they take; None keeps every token.
       layers: A policy for each layer, of which this one is made (`plans.by_layer`); () where all are alike.
+      keys: How keys are stored (`codecs`); None as they are. The functions above see them projected, and loaded.
+      values: How values are stored.
       stepwise: Which calls of several tokens are read token by token, as decode steps: "never"; "turns", all but a
         prompt; or "always".
       bias: None, or (LayerCache) -> f32[B, H, N], added to the attention logits of each slot but the query's own.
@@ -124,6 +128,8 @@ class Policy:
     grow: Callable[[int], int] | None = None
     stepwise: str = "never"
     layers: tuple["Policy", ...] = ()
+    keys: Codec | None = None
+    values: Codec | None = None
 
     def of_layers(self, count: int) -> tuple["Policy", ...]:
         """The policies of a model's `count` layers."""
@@ -132,8 +138,62 @@ class Policy:
         return self.layers or (self,) * count
 
     def empty(self, shape: LayerShape) -> LayerCache:
-        """Free slots for one layer, marked as this policy's."""
-        return dataclasses.replace(self.init(shape), made_by=self)
+        """Free slots for one layer, marked as this policy's, in the form that its codecs store."""
+        cache = dataclasses.replace(self.init(shape), made_by=self)
+        if shape.slots == 0 or not self.has_codecs:
+            return cache
+        q = jnp.zeros((shape.batch, shape.kv_heads, 1, 1, shape.head_dim), shape.dtype)
+        cache = self.fit(cache, cache.k, cache.v, cache.pos != FREE, q, jnp.full((shape.batch, 1), FREE))
+        return self.stored(cache, *self.projected(cache.k, cache.v, cache.fitted))
+
+    @property
+    def has_codecs(self) -> bool:
+        """Whether keys or values are stored in another form."""
+        return self.keys is not None or self.values is not None
+
+    def first(self, cache: LayerCache, seen: Seen, capacity: int) -> LayerCache:
+        """What is kept of a sequence's first call, whose keys and values attention saw as they came."""
+        cache = self.update(cache, seen, capacity)
+        if not self.has_codecs:
+            return cache
+        cache = self.fit(cache, cache.k, cache.v, cache.pos != FREE, seen.q, seen.positions)
+        return self.stored(cache, *self.projected(cache.k, cache.v, cache.fitted))
+
+    def fit(self, cache: LayerCache, k, v, there, q, positions) -> LayerCache:
+        """The layer with what its codecs choose from k and v [B, H, T, D] and queries, in rows that begin here."""
+        asked = positions != FREE
+        codecs = ((self.keys, k), (self.values, v))
+        chosen = tuple(() if codec is None else codec.fit(x, there, q, asked) for codec, x in codecs)
+        begins = asked.any(axis=1)
+        if cache.fitted == ():
+            return cache.with_fitted((begins, *chosen))
+        begun, *old = cache.fitted
+
+        def keep(old, new):
+            return jnp.where(begun.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
+
+        return cache.with_fitted((begun | begins, *jax.tree.map(keep, tuple(old), chosen)))
+
+    def projected(self, k: jax.Array, v: jax.Array, fitted: Any) -> tuple[jax.Array, jax.Array]:
+        """k and v [B, H, T, D] as attention and the functions of the policy see them."""
+        if not self.has_codecs:
+            return k, v
+        return tuple(
+            x if codec is None else codec.project(x, own)
+            for codec, x, own in zip((self.keys, self.values), (k, v), fitted[1:], strict=True)
+        )
+
+    def stored(self, cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
+        """The layer with projected keys and values in the form that its codecs store."""
+        k = k if self.keys is None else self.keys.store(k)
+        v = v if self.values is None else self.values.store(v)
+        return dataclasses.replace(cache, k=k, v=v)
+
+    def loaded(self, cache: LayerCache) -> LayerCache:
+        """The layer with projected keys and values as vectors."""
+        k = cache.k if self.keys is None else self.keys.load(cache.k).astype(cache.dtype)
+        v = cache.v if self.values is None else self.values.load(cache.v).astype(cache.dtype)
+        return dataclasses.replace(cache, k=k, v=v)
 
     def capacity(self, tokens: int) -> int:
         """Slots to allocate for a sequence of `tokens`: one above the budget, where the next token is written."""
@@ -185,6 +245,38 @@ def evict(
         return resize(cache, capacity)
 
     return Policy("evict", budget, scorer.needs, init, update, ranks, bias, stepwise=stepwise)
+
+
+def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = None) -> Policy:
+    """The same policy, with keys or values stored in another form: `store(h2o(256, window=64), keys=integer(4))`.
+
+    A prompt's own attention is exact; then what is kept is fitted, projected and stored. Later tokens are stored as
+    they arrive, and attended to in that form. What a policy folds is stored again, which rounds it again.
+
+    Raises:
+      ValueError: If the codecs do not fit the policy, or one another.
+    """
+    check_policy(policy)
+    if policy.layers:
+        raise ValueError(f"store: {policy.name} is made of a policy for each layer; store those.")
+    if policy.has_codecs:
+        raise ValueError(f"store: {policy.name} already has codecs; join them with codecs.pipe.")
+    if keys is None and values is None:
+        raise ValueError("store: give a codec, keys= or values=, such as codecs.integer(4).")
+    if values is not None and values.query is not None:
+        raise ValueError(f"store: values cannot be stored as {values.name}: there is no query to make up for it.")
+    if keys is not None and keys.query is not None and policy.ranks is not None:
+        raise ValueError(
+            f"store: {policy.name} gives keys new positions, and {keys.name} keeps or scales single channels, which "
+            f"cannot be turned. Take codecs.integer."
+        )
+    return _store(policy, keys, values)
+
+
+@functools.cache
+def _store(policy, keys, values):
+    said = [f"{kind} {codec.name}" for kind, codec in (("keys", keys), ("values", values)) if codec is not None]
+    return dataclasses.replace(policy, name=f"{policy.name} with {'; '.join(said)}", keys=keys, values=values)
 
 
 def check_policy(policy: Any) -> None:

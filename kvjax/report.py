@@ -53,10 +53,10 @@ def report(cache: Cache) -> Report:
         "values": nbytes([layer.v for layer in layers]),
         "positions": nbytes([layer.pos for layer in layers]) + nbytes(cache.length),
         "statistics": nbytes([layer.stats for layer in layers]),
-        "other": nbytes([layer.carry for layer in layers]),
+        "other": nbytes([(layer.carry, layer.fitted) for layer in layers]),
     }
     batch, tokens = cache.length.shape[0], int(np.max(np.asarray(cache.length)))
-    number = jnp.dtype(layers[0].k.dtype).itemsize
+    number = layers[0].dtype.itemsize
     token = 2 * config.head_dim * number + jnp.dtype(jnp.int32).itemsize  # of one head
     return Report(
         policy=cache.policy.name,

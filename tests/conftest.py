@@ -1,5 +1,7 @@
 """Programs are compiled quickly, once, and kept in .cache/jax; hypothesis draws the same examples every time."""
 
+import gc
+import itertools
 import os
 import pathlib
 
@@ -9,9 +11,22 @@ os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+TESTS = itertools.count()
 
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=12, database=None)
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def forget_programs_before_the_process_is_full():
+    """Every compiled program takes a dozen memory mappings, and Linux gives a process 65530: beyond, LLVM crashes."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if next(TESTS) % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()

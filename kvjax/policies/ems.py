@@ -129,7 +129,7 @@ def _merge(cache, seen, centre, is_centre, source, joins, score, similar, transf
     unit_v_in, _ = _split(v_in)
 
     def find(both):
-        mine, mine_v = jnp.split(both, 2, axis=-1)
+        mine, mine_v = both[..., : unit.shape[-1]], both[..., unit.shape[-1] :]
         alike = jnp.einsum("bhed,bhmd->bhem", mine, unit).clip(0) * jnp.einsum("bhed,bhmd->bhem", mine_v, unit_v).clip(
             0
         )

@@ -1,0 +1,218 @@
+"""Codecs: how keys or values are stored. What they save is smaller buffers.
+
+A codec is a linear map of the channels (`project`, with `query` as its counterpart, so that products stay what they
+were), and then a form to store (`store`, and `load` back). Policies and attention see projected vectors: a pruned key
+is never widened.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.counts import whole
+
+TINY = 2.0**-24  # the smallest positive f16
+HUGE = 65504.0  # the largest
+
+
+class Codec(NamedTuple):
+    """A way to store vectors.
+
+    Attributes:
+      name: For reports and errors.
+      fit: (k f32[B, H, N, D], there bool[B, H, N], q f32[B, H, G, T, D], asked bool[B, T]) -> what is chosen once, from
+        the first call of a sequence: arrays that begin with B. `there` and `asked` say which are tokens.
+      project: (x [B, H, N, D], fitted) -> [B, H, N, D'].
+      query: (q [B, H, G, T, D], fitted) -> [B, H, G, T, D'], with query(q) . project(k) = q . k, or near it; None where
+        project changes nothing, which values need.
+      store: f32[B, H, N, D'] -> a tree of [B, H, N, ...].
+      load: that tree -> f32[B, H, N, D'].
+      check: (head_dim) -> None; refuses what does not fit.
+    """
+
+    name: str
+    fit: Callable[..., Any]
+    project: Callable[[jax.Array, Any], jax.Array]
+    query: Callable[[jax.Array, Any], jax.Array] | None
+    store: Callable[[jax.Array], Any]
+    load: Callable[[Any], jax.Array]
+    check: Callable[[int], None]
+
+
+def _nothing(*_):
+    return ()
+
+
+def _same(x, fitted):
+    return x
+
+
+@functools.cache  # the same object for the same settings, so that nothing is compiled twice
+def integer(bits: int, *, group: int = 32) -> Codec:
+    """Rounds each token's channels, in groups, to integers of 2, 3, 4 or 8 bits, packed in words of 32.
+
+    A group is stored as codes, a step and a minimum: x is near step code + minimum, by half a step and what f16 rounds.
+    Step and minimum are f16, and codes refer to what is stored of them; halves round to even; beyond 65504 x is cut.
+
+    Bytes of a vector: D bits / 8 + 4 D / group, words rounded up.
+
+    Args:
+      bits: 2, 3, 4 or 8. Three bits lie in two planes, two bits and one.
+      group: Channels that share a step; divides head_dim.
+    """
+    bits = whole("integer", "bits", bits)
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"integer: bits={bits} must be 2, 3, 4 or 8.")
+    group = whole("integer", "group", group, least=1)
+    levels = 2**bits - 1
+
+    def check(head_dim):
+        if head_dim % group:
+            raise ValueError(
+                f"integer: group={group} does not divide the {head_dim} channels of a head that are stored; give a "
+                f"divisor of it."
+            )
+
+    def store(x):
+        x = x.astype(jnp.float32).clip(-HUGE, HUGE)
+        x = x.reshape(*x.shape[:-1], -1, group)
+        low, high = x.min(axis=-1), x.max(axis=-1)
+        step = jnp.maximum((high - low) / levels, TINY).astype(jnp.float16)
+        low = low.astype(jnp.float16)
+        codes = (x - low[..., None].astype(jnp.float32)) / step[..., None].astype(jnp.float32)
+        codes = jnp.round(codes).clip(0, levels).astype(jnp.uint32)
+        return {"codes": pack(codes.reshape(*x.shape[:-2], -1), bits), "step": step, "low": low}
+
+    def load(stored):
+        step, low = (stored[name].astype(jnp.float32)[..., None] for name in ("step", "low"))
+        codes = unpack(stored["codes"], bits, step.shape[-2] * group).astype(jnp.float32)
+        x = codes.reshape(*step.shape[:-1], group) * step + low
+        return x.reshape(*x.shape[:-2], -1)
+
+    return Codec(f"int{bits}", _nothing, _same, None, store, load, check)
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """Codes u32[..., n] of 1, 2, 3, 4 or 8 bits in words u32[..., m], the first in the lowest bits."""
+    if bits == 3:
+        return jnp.concatenate([pack(codes & 3, 2), pack(codes >> 2, 1)], axis=-1)
+    each = 32 // bits
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % each)])
+    codes = codes.reshape(*codes.shape[:-1], -1, each)
+    return (codes << (bits * jnp.arange(each, dtype=jnp.uint32))).sum(axis=-1, dtype=jnp.uint32)
+
+
+def unpack(words: jax.Array, bits: int, count: int) -> jax.Array:
+    """The first `count` codes of what `pack` made, u32[..., count]."""
+    if bits == 3:
+        two = -(-count // 16)  # words of the plane of two bits
+        return unpack(words[..., :two], 2, count) + 4 * unpack(words[..., two:], 1, count)
+    each = 32 // bits
+    codes = (words[..., None] >> (bits * jnp.arange(each, dtype=jnp.uint32))) & jnp.uint32(2**bits - 1)
+    return codes.reshape(*words.shape[:-1], -1)[..., :count]
+
+
+@functools.cache  # the same object for the same settings, so that nothing is compiled twice
+def prune_channels(keep: int, *, window: int = 32) -> Codec:
+    """Stores only those channels of the keys that count most for the last queries of the prompt, as ThinK does.
+
+    Channel j counts (mean of q_j squared over the window and the group) times (mean of k_j squared over the tokens that
+    are kept). Chosen once, for each row and head; recent keys are pruned like all others.
+
+    Bytes of a key: those of `keep` channels; beside them 4 B H keep a layer for their numbers.
+
+    Args:
+      keep: Channels that stay, below head_dim.
+      window: Last queries that are asked.
+
+    Source: Xu et al. 2024, arXiv:2407.21018, without its full-width recent keys.
+    """
+    keep, window = whole("prune_channels", "keep", keep, least=1), whole("prune_channels", "window", window, least=1)
+
+    def check(head_dim):
+        if keep >= head_dim:
+            raise ValueError(f"prune_channels: keep={keep} prunes nothing of {head_dim} channels; give fewer.")
+
+    def fit(k, there, q, asked):
+        last = asked & (jnp.cumsum(asked[:, ::-1], axis=1)[:, ::-1] <= window)  # [B, T]
+        q = jnp.where(last[:, None, None, :, None], q.astype(jnp.float32), 0.0)
+        k = jnp.where(there[..., None], k.astype(jnp.float32), 0.0)
+        score = (q * q).sum(axis=(2, 3)) * (k * k).sum(axis=2)  # [B, H, D]
+        best = jnp.argsort(-score, axis=-1)[..., :keep]
+        return jnp.sort(best, axis=-1).astype(jnp.int32)
+
+    def project(x, channels):
+        return jnp.take_along_axis(x, channels[:, :, None], axis=-1)
+
+    def query(q, channels):
+        return jnp.take_along_axis(q, channels[:, :, None, None], axis=-1)
+
+    return Codec(f"{keep} channels", fit, project, query, lambda x: x, lambda x: x, check)
+
+
+@functools.cache  # the same object for the same settings, so that nothing is compiled twice
+def balance() -> Codec:
+    """Scales channels so that keys and queries have the same largest value in each, as MiKV does before it rounds.
+
+    Chosen once, for each row and head, from the first call. Bytes: 4 B H D a layer.
+
+    Source: Yang et al. 2024, arXiv:2402.18096, eqs. 2-4 (second-hand).
+    """
+
+    def fit(k, there, q, asked):
+        most_q = jnp.abs(jnp.where(asked[:, None, None, :, None], q.astype(jnp.float32), 0.0)).max(axis=(2, 3))
+        most_k = jnp.abs(jnp.where(there[..., None], k.astype(jnp.float32), 0.0)).max(axis=2)
+        scale = jnp.sqrt(most_q / most_k)
+        return jnp.where((scale > 0) & (scale < jnp.inf), scale.clip(1e-4, 1e4), 1.0)  # [B, H, D]
+
+    def project(x, scale):
+        return x * scale[:, :, None].astype(x.dtype)
+
+    def query(q, scale):
+        return q / scale[:, :, None, None].astype(q.dtype)
+
+    return Codec("balanced", fit, project, query, lambda x: x, lambda x: x, lambda head_dim: None)
+
+
+@functools.cache  # the same object for the same settings, so that nothing is compiled twice
+def pipe(first: Codec, then: Codec) -> Codec:
+    """Two codecs, one after the other: `pipe(prune_channels(32), integer(4))`.
+
+    Raises:
+      ValueError: If the first already rounds: what it stores has no channels that the second could take.
+    """
+    if first.name.startswith("int"):
+        raise ValueError(f"pipe: {first.name} stores codes, which {then.name} cannot take. Put it last.")
+
+    def fit(k, there, q, asked):
+        one = first.fit(k, there, q, asked)
+        narrow = q if first.query is None else first.query(q, one)
+        return one, then.fit(first.project(k, one), there, narrow, asked)
+
+    def project(x, fitted):
+        return then.project(first.project(x, fitted[0]), fitted[1])
+
+    def query(q, fitted):
+        for codec, own in zip((first, then), fitted, strict=True):
+            q = q if codec.query is None else codec.query(q, own)
+        return q
+
+    def check(head_dim):
+        first.check(head_dim)
+        like = jax.ShapeDtypeStruct((1, 1, 1, head_dim), jnp.float32)
+        q = jax.ShapeDtypeStruct((1, 1, 1, 1, head_dim), jnp.float32)
+        there, asked = jax.ShapeDtypeStruct((1, 1, 1), bool), jax.ShapeDtypeStruct((1, 1), bool)
+        then.check(jax.eval_shape(lambda *a: first.project(a[0], first.fit(*a)), like, there, q, asked).shape[-1])
+
+    return Codec(
+        f"{first.name}, {then.name}",
+        fit,
+        project,
+        None if first.query is None and then.query is None else query,
+        then.store,
+        then.load,
+        check,
+    )
