@@ -71,12 +71,21 @@ def nearest(cache: LayerCache, kept: jax.Array, losers: Losers) -> tuple[jax.Arr
         cosine = jnp.einsum("bhed,bhnd->bhen", k, keys, preferred_element_type=jnp.float32)
         cosine = cosine / (_norm(k)[..., None] * size[:, :, None])
         cosine = jnp.where(there[:, :, None], cosine, -jnp.inf)
-        top = cosine.max(axis=-1)
-        place = jnp.where(cosine == top[..., None], pos[:, :, None], LAST).argmin(axis=-1)
-        return place, top
+        return first_best(cosine, pos[:, :, None])
 
     place, cosine = in_blocks(find, losers.k, BLOCK)
     return place if candidates is None else at(candidates, place), cosine
+
+
+def first_best(score: jax.Array, pos: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Place of the largest score on the last axis, ties to the lowest `pos`, and that score.
+
+    The place is found by its index: XLA may compute a score twice, with another last bit, so that none equals the top.
+    """
+    best = jnp.argmax(score, axis=-1, keepdims=True)
+    top = jnp.take_along_axis(score, best, axis=-1)
+    tied = (jnp.arange(score.shape[-1]) == best) | (score == top)
+    return jnp.where(tied, pos, LAST).argmin(axis=-1), top[..., 0]
 
 
 def _norm(x):
@@ -115,9 +124,8 @@ def fold(cache: LayerCache, losers: Losers, target: jax.Array, weight: jax.Array
     slot = seen.done(jnp.where(joins, target, cache.slots))  # beyond the last: dropped
     weight, total = jnp.where(joins, weight, 0.0), jnp.where(joins, total, 0.0)
     if slot.shape[-1] <= FEW:  # the rows of the targets alone are read and written
-        same = (slot[..., :, None] == slot[..., None, :]).astype(
-            jnp.float32
-        )  # losers of one target: its row, each time
+        # losers of one target all write its row, finished
+        same = (slot[..., :, None] == slot[..., None, :]).astype(jnp.float32)
         divisor = 1 + jnp.einsum("bhef,bhf->bhe", same, total)[..., None]
 
         def folded(leaf, lost):

@@ -163,16 +163,21 @@ class Policy:
         """The layer with what its codecs choose from k and v [B, H, T, D] and queries, in rows that begin here."""
         asked = positions != FREE
         codecs = ((self.keys, k), (self.values, v))
-        chosen = tuple(() if codec is None else codec.fit(x, there, q, asked) for codec, x in codecs)
         begins = asked.any(axis=1)
+
+        def choose():
+            return tuple(() if codec is None else codec.fit(x, there, q, asked) for codec, x in codecs)
+
         if cache.fitted == ():
-            return cache.with_fitted((begins, *chosen))
+            return cache.with_fitted((begins, *choose()))
         begun, *old = cache.fitted
 
         def keep(old, new):
             return jnp.where(begun.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
 
-        return cache.with_fitted((begun | begins, *jax.tree.map(keep, tuple(old), chosen)))
+        old = tuple(old)
+        chosen = jax.lax.cond(begun.all(), lambda: old, lambda: jax.tree.map(keep, old, choose()))  # not every step
+        return cache.with_fitted((begun | begins, *chosen))
 
     def projected(self, k: jax.Array, v: jax.Array, fitted: Any) -> tuple[jax.Array, jax.Array]:
         """k and v [B, H, T, D] as attention and the functions of the policy see them."""

@@ -6,6 +6,12 @@ import jax.numpy as jnp
 from kvjax.cache import FREE
 
 
+def ranked(score: jax.Array, pos: jax.Array) -> jax.Array:
+    """All slots i32[B, H, N], the highest score first, ties by position: slot order says nothing about age."""
+    slot = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2)
+    return jax.lax.sort((0 - score, pos, slot), dimension=-1, num_keys=2)[2]  # 0 - x is never -0
+
+
 def top_k(score: jax.Array, pos: jax.Array, budget: int) -> jax.Array:
     """Keeps the `budget` best slots of each row and head, ties to the lower position; free slots never count.
 
@@ -30,8 +36,7 @@ def top_k(score: jax.Array, pos: jax.Array, budget: int) -> jax.Array:
         last = jnp.where(tied, pos, FREE).max(axis=-1, keepdims=True)
         full = (pos != FREE).all(axis=-1, keepdims=True)
         return (pos != FREE) & ~(full & (pos == last))
-    # Slot order says nothing about age, so ties are broken by sorting the pair (score, pos); 0 - x is never -0.
-    _, _, best_first = jax.lax.sort((0 - score, pos, slot), dimension=-1, num_keys=2)
+    best_first = ranked(score, pos)
     row, head = jnp.arange(pos.shape[0])[:, None, None], jnp.arange(pos.shape[1])[None, :, None]
     best = jnp.zeros(pos.shape, bool).at[row, head, best_first[..., :budget]].set(True, unique_indices=True)
     return best & (pos != FREE)

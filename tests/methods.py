@@ -191,6 +191,12 @@ VARIANTS = {  # of the same methods: only held to their oracles
             **kw,
         ),
     ),
+    "kvmerger(mean without the pivot)": Row(
+        lambda budget: policies.kvmerger(budget, window=2, heavy=1, sigma="mean_dist_excl", every=2),
+        lambda budget, **kw: kvmerger.run(
+            budget=budget, window=2, heavy=1, sigma="mean_dist_excl", remerge_every=2, **kw
+        ),
+    ),
     "kvmerger(fixed width)": Row(
         lambda budget: policies.kvmerger(budget, window=2, heavy=1, sigma=2.0, every=1),
         lambda budget, **kw: kvmerger.run(budget=budget, window=2, heavy=1, sigma=2.0, remerge_every=1, **kw),

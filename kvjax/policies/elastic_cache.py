@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kvjax.cache import FREE, LayerCache, empty, free_losers, resize
 from kvjax.folds import LAST, at, first_slots, fold, gather_losers
 from kvjax.policy import Mass, Policy, Seen, method
+from kvjax.selects import ranked
 
 
 @method
@@ -66,29 +67,25 @@ def elastic_cache(pruned: float = 0.5, *, sinks: int = 1, last: int = 1, distanc
         protected = (cache.pos < first) | (cache.pos >= length - final)
         mass = seen.mass[Mass()].mean(axis=1, keepdims=True)
         score = jnp.where(occupied, jnp.where(protected, jnp.inf, mass), -jnp.inf)
-        _, _, best = jax.lax.sort((0 - score, cache.pos, _slots(cache)), dimension=-1, num_keys=2)
-        kept = occupied & (at(jnp.argsort(best, axis=-1), _slots(cache)) < stay)
+        kept = occupied & (jnp.argsort(ranked(score, cache.pos), axis=-1) < stay)
 
         # Each of the others joins the nearest anchor, the left one of two.
         order = first_slots(cache.pos, occupied, slots)
+        back = jnp.argsort(order, axis=-1)  # slot -> place by position
+        place = jnp.arange(slots)
         pos, anchor = at(cache.pos, order), at(kept & ~protected, order)
-        left = jax.lax.cummax(jnp.where(anchor, _slots(cache), -1), axis=2)
-        right = jax.lax.cummin(jnp.where(anchor, _slots(cache), slots), axis=2, reverse=True)
+        left = jax.lax.cummax(jnp.where(anchor, place, -1), axis=2)
+        right = jax.lax.cummin(jnp.where(anchor, place, slots), axis=2, reverse=True)
         to_left = jnp.where(left >= 0, pos - at(pos, left.clip(0)), LAST)
         to_right = jnp.where(right < slots, at(pos, right.clip(0, slots - 1)) - pos, LAST)
         nearest = jnp.where(to_left <= to_right, left, right).clip(0, slots - 1)
         losers = gather_losers(cache, kept, max(slots - (slots - num * slots // den), 1))
-        place = at(jnp.argsort(order, axis=-1), losers.slot)
         joins = (anchor.any(axis=-1, keepdims=True) & losers.real).astype(jnp.float32)
-        cache = fold(cache, losers, at(order, at(nearest, place)), joins, joins, seen)
+        cache = fold(cache, losers, at(order, at(nearest, at(back, losers.slot))), joins, joins, seen)
 
-        rank = at(jnp.cumsum(at(kept, order), axis=-1) - 1, jnp.argsort(order, axis=-1))
+        rank = at(jnp.cumsum(at(kept, order), axis=-1) - 1, back)
         fixed = jnp.maximum(jnp.minimum(sinks, stay), jnp.minimum(stay - distance, stay - 1))
         permanent = (kept & (rank < fixed)).astype(jnp.float32)
         return free_losers(dataclasses.replace(cache, stats={"permanent": permanent}), kept)
 
     return Policy("elastic_cache", None, frozenset({Mass()}), init, update, grow=grow, stepwise="turns")
-
-
-def _slots(cache):
-    return jnp.broadcast_to(jnp.arange(cache.slots, dtype=jnp.int32), cache.pos.shape)

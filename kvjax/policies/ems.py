@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE, LayerCache, empty, free_losers, resize
-from kvjax.folds import BLOCK, LAST, add, at, in_blocks, put
+from kvjax.folds import BLOCK, add, at, first_best, in_blocks, put
 from kvjax.policy import Mass, Policy, Seen, method
+from kvjax.selects import ranked
 
 
 @method
@@ -85,9 +86,7 @@ def ems(
         score = _combined(cache.stats, occupied, combine)
         score = jnp.where(candidate, jnp.where(score < jnp.inf, score, 0.0), -jnp.inf)  # nan where attention overflowed
         wide = min(centres + most, cache.slots)
-        _, _, best = jax.lax.sort(
-            (0 - score, cache.pos, _slots(cache)), dimension=-1, num_keys=2
-        )  # ties: lower position
+        best = ranked(score, cache.pos)
         ordered = jnp.where(at(candidate, best), at(score, best), 0.0)
         relevant = 1 + (jnp.cumsum(ordered, axis=-1) < keep * ordered.sum(axis=-1, keepdims=True)).sum(
             axis=-1, keepdims=True
@@ -102,10 +101,6 @@ def ems(
         return free_losers(cache, kept)
 
     return Policy("ems", budget + window - 1, frozenset({Mass(), Mass(window)}), init, update)
-
-
-def _slots(cache):
-    return jnp.broadcast_to(jnp.arange(cache.slots, dtype=jnp.int32), cache.pos.shape)
 
 
 def _combined(stats, occupied, combine):
@@ -134,8 +129,7 @@ def _merge(cache, seen, centre, is_centre, source, joins, score, similar, transf
             0
         )
         alike = jnp.where(is_centre[:, :, None], alike, -1.0)
-        top = alike.max(axis=-1)
-        return jnp.where(alike == top[..., None], pos[:, :, None], LAST).argmin(axis=-1), top
+        return first_best(alike, pos[:, :, None])
 
     chosen, top = in_blocks(find, jnp.concatenate([unit_in, unit_v_in], axis=-1), BLOCK)
     joins &= top >= similar

@@ -112,7 +112,7 @@ def kvmerger(
         distance = jnp.sqrt(jnp.square(k - at(k, pivot)).sum(axis=-1))
         number = total(jnp.where(there, count, 0.0))
         if isinstance(sigma, str):
-            others = number if sigma == "mean_dist" else jnp.maximum(number - at(count, pivot), 1.0)
+            others = number if sigma == "mean_dist" else jnp.maximum(number - 1, 1.0)
             width = total(jnp.where(there, count * distance, 0.0)) / others / jnp.sqrt(2.0)
         else:
             width = sigma
@@ -122,10 +122,10 @@ def kvmerger(
         worth = jnp.where(alone, jnp.inf, total(jnp.where(there, mass, 0.0)))
         is_pivot = there & (pivot == place)
         lives = is_pivot & ((_rank(jnp.where(is_pivot, -worth, jnp.inf)) < budget) | ~due)
-        kept = _unsort(lives, order)
+        back = jnp.argsort(order, axis=-1)  # slot -> place by position
+        kept = at(lives, back)
 
         losers = gather_losers(cache, kept, slots - budget if rule == "budget" else slots)
-        back = jnp.argsort(order, axis=-1)  # slot -> place by position
         their = at(back, losers.slot)
         joins = losers.real & at(at(lives, pivot), their)
         target = at(at(order, pivot), their)
@@ -165,7 +165,3 @@ def _max(x, run, size):
     row, head = jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[None, :, None]
     low = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
     return jnp.full((*x.shape[:2], size), low, x.dtype).at[row, head, run].max(x)
-
-
-def _unsort(x, order):
-    return at(x, jnp.argsort(order, axis=-1))
