@@ -6,6 +6,7 @@ each of which sees a static prefix of the slots, and so causality skips nearly h
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -59,8 +60,9 @@ def attend(
       angles: `rope.angles(positions, D)`, which all layers can share; None computes it here.
       scale: Factor of the logits; None takes D ** -0.5.
       sliding_window: Keys a query sees, itself included; None sees all.
-      capacity: Slots of the returned cache. None takes what the policy needs, which for a policy that keeps every token
-        is one slot for each token so far: leave it room there if single tokens are to follow.
+      capacity: Slots of the returned cache; of a policy with two tiers, the tokens that it leaves room for. None takes
+        what the policy needs, which for a policy that keeps every token is one slot for each token so far: leave it
+        room there if single tokens are to follow.
       layer: Index of the layer, for policies that draw at random.
 
     Returns:
@@ -77,7 +79,9 @@ def attend(
     if count > 1 and (policy.stepwise == "always" or (policy.stepwise == "turns" and cache is not None)):
         if cache is None:
             cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
-        cache = resize(cache, policy.capacity_after(cache.slots, count) if capacity is None else capacity)
+        if capacity is None or (isinstance(capacity, int) and policy.low is not None):
+            capacity = policy.capacity_after(cache, count) if capacity is None else policy.capacity(capacity)
+        cache = resize(cache, capacity)
 
         def step(cache, token):
             one, their_angles = jax.tree.map(lambda x: x[:, None], token)
@@ -99,27 +103,42 @@ def attend(
 
     if cache is None:
         cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
-    first, stored, lost = cache.slots == 0, None, None
-    if policy.has_codecs and not first:
+    first, stored, lost, low = cache.slots == 0, None, None, None
+    if isinstance(capacity, int) and policy.low is not None:
+        capacity = policy.capacity(capacity)
+    if not first:
         there = jnp.broadcast_to((positions != FREE)[:, None], k.shape[:3])
-        cache = policy.fit(cache, k, v, there, q, positions)
-        k, v = policy.projected(k, v, cache.fitted)
-        if policy.keys is not None and policy.keys.query is not None:
-            q = policy.keys.query(q, cache.fitted[1])
+        begins = (positions == 0).any(axis=1)[:, None, None, None]
+        if policy.has_codecs:
+            cache = policy.fit(cache, k, v, there, q, positions)
+            k, v = policy.projected(k, v, cache.fitted)
+            q = policy.asked(q, cache.fitted)
+        if policy.low is not None:
+            tier = cache.low
+            if policy.low.has_codecs:
+                tier = policy.low.fit(tier, k, v, there, q, positions)
+                cache = dataclasses.replace(cache, low=tier)
+            held = policy.low.loaded(tier)
+            low = policy.low.asked(q, tier.fitted), held.k, held.v, held.pos
     if count == 1 and not first:
-        if policy.budget is None:
-            lost = (cache.pos != FREE).all(axis=-1) & (positions >= 0)  # [B, H]
+        unbounded = [tier for own, tier in zip((policy, policy.low), cache.tiers, strict=False) if own.budget is None]
+        if unbounded:
+            lost = sum((tier.pos != FREE).all(axis=-1) for tier in unbounded).astype(bool) & (positions >= 0)  # [B, H]
             if not isinstance(lost, jax.core.Tracer) and lost.any():
                 raise ValueError(
                     f"attend: all {cache.slots} slots of a row hold tokens, and {policy.name} frees none. Give the "
                     f"call before this one capacity=, with room for the tokens to come."
                 )
-        capacity = cache.slots
+        capacity = cache.capacity
         new = policy.stored(cache, k, v)
         stored = write(cache, *jax.tree.map(lambda leaf: leaf[:, :, 0], (new.k, new.v)), positions[:, 0])
         cache = policy.loaded(stored)
     else:
-        capacity = policy.capacity_after(cache.slots, count) if capacity is None else capacity
+        if capacity is None:
+            capacity = policy.capacity(count) if first else policy.capacity_after(cache, count)
+        if policy.has_codecs and not first:  # later tokens are read as they are stored
+            new = policy.loaded(policy.stored(cache, k, v))
+            k, v = jnp.where(begins, k, new.k), jnp.where(begins, v, new.v)
         cache = extend(cache if first else policy.loaded(cache), k, v, positions)
 
     q_pos, k_pos, keys = positions[:, None, :], cache.pos, cache.k  # [B, 1, T], [B, H, N]
@@ -134,8 +153,9 @@ def attend(
         k_pos = jnp.where(cache.pos == FREE, FREE, ranks)
         q_pos = jnp.where(positions[:, None, :] < 0, FREE, q_pos)
 
+    scale = head_dim**-0.5 if scale is None else scale
     attended = attend_slots(
-        q * (head_dim**-0.5 if scale is None else scale),
+        q * scale,
         keys,
         cache.v,
         q_pos,
@@ -143,18 +163,21 @@ def attend(
         needs=policy.needs,
         bias=None if policy.bias is None else policy.bias(cache),
         sliding_window=sliding_window,
+        low=None if low is None else (low[0] * scale, *low[1:]),
     )
     if lost is not None:
         attended = attended._replace(out=jnp.where(lost[:, :, None, None, None], jnp.nan, attended.out))
-    seen = Seen(positions, q, unrotated, attended.out, attended.lse, Masses(attended.mass))
+    below = 0 if low is None else cache.low.slots
+    mass, their = (
+        {need: x[..., part] for need, x in attended.mass.items()} for part in (slice(below, None), slice(below))
+    )
+    seen = Seen(
+        positions, q, unrotated, attended.out, attended.lse, Masses(mass), None if low is None else Masses(their)
+    )
     if first:
         cache = policy.first(cache, seen, capacity)
     else:
-        held, cache = cache, policy.update(cache, seen, capacity)
-        if stored is not None and cache.k is held.k and cache.v is held.v:  # nothing was written into them
-            cache = dataclasses.replace(cache, k=stored.k, v=stored.v)
-        elif policy.has_codecs:
-            cache = policy.stored(cache, cache.k, cache.v)
+        cache = policy.settled(policy.update(cache, seen, capacity), cache, stored)
     out = attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim)
     return out, cache
 
@@ -177,6 +200,7 @@ def attend_slots(
     needs: frozenset[Mass] = frozenset(),
     bias: jax.Array | None = None,
     sliding_window: int | None = None,
+    low: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
 ) -> Attended:
     """Softmax attention over slots, causal by position. A query without a visible slot gives 0, and lse = -inf.
 
@@ -189,17 +213,22 @@ def attend_slots(
       needs: Statistics to return.
       bias: f32[B, H, N], added to the logits of a slot, except where a query meets its own token.
       sliding_window: Keys a query sees, itself included; None sees all.
+      low: Another tier of M slots under the same softmax: q, k, v and k_pos as above, where q and k may be narrower.
+        Its statistics come first, in M + N slots.
     """
-    if q.shape[3] == 1:
+    q, k, v = (q,), (k,), (v,)  # of each tier
+    if low is not None:
+        q, k, v, k_pos = (low[0], *q), (low[1], *k), (low[2], *v), jnp.concatenate([low[3], k_pos], axis=2)
+    if q[0].shape[3] == 1:
         return _attend_one(q, k, v, q_pos, k_pos, needs=needs, bias=bias, sliding_window=sliding_window)
-    count, slots = q.shape[3], k.shape[2]
+    count, slots, below = q[0].shape[3], k_pos.shape[2], k_pos.shape[2] - k[-1].shape[2]
     before = slots - count
     newest = q_pos.max(axis=-1, keepdims=True)  # [B, H or 1, 1]
     weights = {need: _counted(need, q_pos, newest) for need in needs}  # f32[B, H or 1, T]
 
     span = -(-count // SPANS) if count >= 64 * SPANS else count
     outs, lses = [], []
-    batch, heads, group = q.shape[:3]
+    batch, heads, group = q[0].shape[:3]
     shapes = {need: (batch, heads, group, slots) if need.by_query_head else (batch, heads, slots) for need in needs}
     mass = {need: jnp.zeros(shape, jnp.float32) for need, shape in shapes.items()}
     for start in range(0, count, span):
@@ -210,8 +239,8 @@ def attend_slots(
             q_block, at, weight = block
             out, lse, columns = _attend_block(
                 q_block,
-                k[:, :, :seen],
-                v[:, :, :seen],
+                (*k[:-1], k[-1][:, :, : seen - below]),
+                (*v[:-1], v[-1][:, :, : seen - below]),
                 at,
                 k_pos[:, :, :seen],
                 weight,
@@ -225,7 +254,7 @@ def attend_slots(
             attend_block,
             size,
             (
-                q[:, :, :, start:stop],
+                tuple(x[:, :, :, start:stop] for x in q),
                 q_pos[:, :, start:stop],
                 {need: weight[:, :, start:stop] for need, weight in weights.items()},
             ),
@@ -239,11 +268,11 @@ def attend_slots(
 def _over_blocks(attend_block, size, queries):
     """Runs `attend_block` over blocks of `size` queries; sums the columns, joins the rest along the query axis.
 
-    q is [B, H, G, T, D], all else that belongs to a query has T last. Blocks that do not fill up are padded with
-    queries at position -1, which see nothing.
+    q is a tuple of [B, H, G, T, D], all else that belongs to a query has T last. Blocks that do not fill up are padded
+    with queries at position -1, which see nothing.
     """
     q, at, weights = queries
-    count = q.shape[3]
+    count = q[0].shape[3]
     blocks = -(-count // size)
     if blocks == 1:
         return attend_block(queries)
@@ -259,31 +288,38 @@ def _over_blocks(attend_block, size, queries):
         x = jnp.moveaxis(x, 0, 3)
         return x.reshape(*x.shape[:3], blocks * size, *x.shape[5:])[:, :, :, :count]
 
-    stacked = (split(q, 3), split(at, 2, FREE), {need: split(weight, 2) for need, weight in weights.items()})
+    stacked = (
+        tuple(split(x, 3) for x in q),
+        split(at, 2, FREE),
+        {need: split(weight, 2) for need, weight in weights.items()},
+    )
     columns, (out, _) = jax.eval_shape(attend_block, jax.tree.map(lambda x: x[0], stacked))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), columns)
-    stacked_q, *stacked_rest = stacked
+    (*others, stacked_q), *stacked_rest = stacked
     if out.shape[-1] != stacked_q.shape[-1]:  # pruned keys: queries are narrower than values
         stacked_q = jnp.pad(stacked_q, [(0, 0)] * 5 + [(0, out.shape[-1] - stacked_q.shape[-1])])
 
     def body(carry, block):  # the output takes the place of the queries, for the reason given in `llama.finish`
         i, total, queries = carry
-        columns, (out, lse) = attend_block((queries[i][..., : q.shape[-1]], *block))
+        others, *rest = block
+        columns, (out, lse) = attend_block(((*others, queries[i][..., : q[-1].shape[-1]]), *rest))
         return (i + 1, jax.tree.map(jnp.add, total, columns), queries.at[i].set(out.astype(queries.dtype))), lse
 
-    (_, columns, out), lse = jax.lax.scan(body, (0, zeros, stacked_q), tuple(stacked_rest))
+    (_, columns, out), lse = jax.lax.scan(body, (0, zeros, stacked_q), (tuple(others), *stacked_rest))
     return columns, (join(out), join(lse))
 
 
 def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):
     """Whole rows of a block of queries: out [B, H, G, t, D], lse f32[B, H, G, t], columns {Mass: f32[B, H, n]}."""
-    batch, heads, group, count, head_dim = q.shape
-    flat = (batch, heads, group * count)
-    logits = jax.lax.dot_general(
-        q.reshape(*flat, head_dim), k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    ).reshape(batch, heads, group, count, -1)
+    batch, heads, group, count, _ = q[0].shape
+
+    def product(x, y, axis):  # over the group and the queries at once
+        x = x.reshape(batch, heads, group * count, x.shape[-1])
+        xy = jax.lax.dot_general(x, y, (((3,), (axis,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+        return xy.reshape(batch, heads, group, count, -1)
+
     logits = _mask(
-        logits,
+        _join([product(*tier, 3) for tier in zip(q, k, strict=True)]),
         q_pos[:, :, None, :, None],
         k_pos[:, :, None, None, :],
         None if bias is None else bias[:, :, None, None, :],
@@ -291,10 +327,8 @@ def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):
     )
     p, total, lse = _exponentials(logits)
     # The division by the total is left to the end: it then touches [t, D] instead of [t, n].
-    out = jax.lax.dot_general(
-        p.reshape(*flat, -1).astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    ).reshape(batch, heads, group, count, v.shape[-1])
-    out = (out / total[..., None]).astype(v.dtype)
+    out = sum(product(part.astype(x.dtype), x, 2) for part, x in zip(_split(p, v), v, strict=True))
+    out = (out / total[..., None]).astype(v[-1].dtype)
     columns = {
         need: jnp.einsum("bhgt,bhgtn->bhgn", weight[:, :, None] / total, p)
         if need.by_query_head
@@ -306,25 +340,38 @@ def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):
 
 def _attend_one(q, k, v, q_pos, k_pos, *, needs, bias, sliding_window):
     """One query a row: bytes are all that counts, so each query head is a matrix-vector product over the slots."""
-    batch, heads, group, _, head_dim = q.shape
-    logits = jnp.stack(
-        [jnp.einsum("bhnd,bhd->bhn", k, q[:, :, g, 0], preferred_element_type=jnp.float32) for g in range(group)],
-        axis=2,
-    )  # [B, H, G, N]
+    group = q[0].shape[2]
+
+    def product(spec, x, y):
+        return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+    def logits_of(q, k):
+        return jnp.stack([product("bhnd,bhd->bhn", k, q[:, :, g, 0]) for g in range(group)], axis=2)
+
+    logits = _join([logits_of(*tier) for tier in zip(q, k, strict=True)])  # [B, H, G, N]
     logits = _mask(
         logits, q_pos[:, :, None], k_pos[:, :, None], None if bias is None else bias[:, :, None], sliding_window
     )
     p, total, lse = _exponentials(logits)
     p = p / total[..., None]
+    parts = list(zip(_split(p, v), v, strict=True))
     out = jnp.stack(
-        [
-            jnp.einsum("bhn,bhnd->bhd", p[:, :, g].astype(v.dtype), v, preferred_element_type=jnp.float32)
-            for g in range(group)
-        ],
+        [sum(product("bhn,bhnd->bhd", part[:, :, g].astype(x.dtype), x) for part, x in parts) for g in range(group)],
         axis=2,
-    )[:, :, :, None].astype(v.dtype)  # [B, H, G, 1, D]
+    )[:, :, :, None].astype(v[-1].dtype)  # [B, H, G, 1, D]
     mass = p.mean(axis=2)  # one query is the newest `last` of any number
     return Attended(out, lse[..., None], {need: p if need.by_query_head else mass for need in needs})
+
+
+def _join(parts):
+    """The logits of all tiers, on the last axis."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _split(p, v):
+    """Probabilities of the slots of each tier."""
+    ends = list(itertools.accumulate(x.shape[2] for x in v))
+    return [p[..., end - x.shape[2] : end] for end, x in zip(ends, v, strict=True)]
 
 
 def _mask(logits, q_pos, k_pos, bias, sliding_window):
@@ -387,7 +434,11 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
             f"un-rotated, and rope=kvjax.Rope(base=...)."
         )
     slots = 0 if cache is None else cache.slots
-    least = max(slots, count) if policy.budget is None and policy.grow is None else policy.capacity(count)
+    least = policy.capacity(count)
+    if policy.low is not None:  # of two tiers; a number stands for a sequence of so many tokens
+        least = count if isinstance(capacity, int) else least
+    elif policy.budget is None and policy.grow is None:
+        least = max(slots, count)
     if capacity is not None and capacity < least:
         raise ValueError(f"attend: capacity={capacity} is too small for {policy.name}, which needs {least} slots here.")
     for codec in (policy.keys, policy.values):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvjax.policy import Policy
 
 FREE = -1
+Capacity = int | tuple[int, int]  # slots of a layer; of its two tiers, if it has two
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +38,22 @@ class LayerCache:
     made_by: "Policy | None" = dataclasses.field(default=None, metadata={"static": True})  # nobody else can read it
     dtype: Any = dataclasses.field(default=None, metadata={"static": True})  # of the vectors, however they are stored
     fitted: Any = ()  # what codecs chose for this layer, with `begun` bool[B]; () without codecs
+    low: Any = ()  # the LayerCache of a cheaper tier, which takes what this one loses; () without one
 
     @property
     def slots(self) -> int:
         """How many slots there are, free ones included."""
         return self.pos.shape[-1]
+
+    @property
+    def tiers(self) -> "tuple[LayerCache, ...]":
+        """This one, and the one below it if there is one."""
+        return (self,) if self.low == () else (self, self.low)
+
+    @property
+    def capacity(self) -> "Capacity":
+        """Its slots, and those of the tier below if there is one."""
+        return self.slots if self.low == () else (self.slots, self.low.slots)
 
     def slot_aligned(self) -> tuple[Any, ...]:
         """What belongs to a token and moves with it: k, v, pos and stats."""
@@ -85,7 +97,7 @@ class LayerShape:
 
     batch: int
     kv_heads: int
-    slots: int
+    slots: Capacity
     head_dim: int
     dtype: Any
     layer: int  # index of the layer, for policies that draw at random
@@ -104,48 +116,56 @@ def empty(shape: LayerShape, stats: dict[str, tuple[int, ...]], carry: Any = ())
     )
 
 
-def extend(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
-    """Appends T slots: k, v [B, H, T, D] at `positions` i32[B, T], -1 for a slot left free. Statistics start at 0."""
-    batch, heads, count, _ = k.shape
-    pos = jnp.broadcast_to(positions[:, None, :], (batch, heads, count))
+def extend(
+    cache: LayerCache, k: Any, v: Any, positions: jax.Array, stats: dict[str, jax.Array] | None = None
+) -> LayerCache:
+    """Appends T slots: k, v [B, H, T, D] at `positions` i32[B, T] or i32[B, H, T], -1 for a slot left free.
 
-    def zeros(stat):
-        return jnp.zeros((batch, heads, count, *stat.shape[3:]), stat.dtype)
-
-    new = (k, v, pos, jax.tree.map(zeros, cache.stats))
+    Where the cache holds a codec's trees, so are k and v. Statistics start at 0, but for
+    those that are given, [B, H, T, ...].
+    """
+    batch, heads, count = *cache.pos.shape[:2], positions.shape[-1]
+    pos = jnp.broadcast_to(positions if positions.ndim == 3 else positions[:, None, :], (batch, heads, count))
+    zeros = {name: jnp.zeros((batch, heads, count, *stat.shape[3:]), stat.dtype) for name, stat in cache.stats.items()}
+    new = (k, v, pos, zeros | (stats or {}))
     if cache.slots == 0:
         return cache.with_slots(new)
     return cache.with_slots(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache.slot_aligned(), new))
 
 
-def write(cache: LayerCache, k: Any, v: Any, position: jax.Array) -> LayerCache:
-    """Puts one token, k and v [B, H, D] at `position` i32[B], into the first free slot of each row and head, in place.
+def write(
+    cache: LayerCache, k: Any, v: Any, position: jax.Array, stats: dict[str, jax.Array] | None = None
+) -> LayerCache:
+    """Puts one token, k and v [B, H, D], into the first free slot of each row and head, in place.
 
-    Where the cache holds a codec's trees, so are k and v.
+    `position` is i32[B], or i32[B, H] where heads differ. Where the cache holds a codec's trees, so are k and v.
+    Statistics start at 0, but for those that are given, [B, H, ...].
 
     A row whose position is -1 is left as it is. A row without a free slot loses the token: policies leave one, and
     `kvjax.step` checks it for the policies that grow.
     """
     batch, heads, slots = cache.pos.shape
+    position = position if position.ndim == 2 else position[:, None]
     slot = jnp.argmin(cache.pos, axis=-1)  # [B, H], the first -1
     free = jnp.take_along_axis(cache.pos, slot[..., None], axis=-1)[..., 0] == FREE
-    slot = jnp.where(free & (position >= 0)[:, None], slot, slots)  # out of range: dropped
+    slot = jnp.where(free & (position >= 0), slot, slots)  # out of range: dropped
     row, head = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
 
     def put(buffer, new):
-        return buffer.at[row, head, slot].set(new, mode="drop", unique_indices=True)
+        return buffer.at[row, head, slot].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
 
     here = jnp.arange(slots) == slot[..., None]  # [B, H, N]
 
-    def clear(stat):
-        return jnp.where(here.reshape(here.shape + (1,) * (stat.ndim - 3)), 0, stat)
+    def begin(name, stat):
+        first = 0 if stats is None or name not in stats else stats[name][:, :, None]
+        return jnp.where(here.reshape(here.shape + (1,) * (stat.ndim - 3)), first, stat)
 
     return cache.with_slots(
         (
             jax.tree.map(put, cache.k, k),
             jax.tree.map(put, cache.v, v),
-            jnp.where(here, position[:, None, None], cache.pos),
-            jax.tree.map(clear, cache.stats),
+            jnp.where(here, position[..., None], cache.pos),
+            {name: begin(name, stat) for name, stat in cache.stats.items()},
         )
     )
 
@@ -173,8 +193,11 @@ def after(anchor: jax.Array, x: jax.Array) -> jax.Array:
     return x + (anchor.ravel()[0] > jnp.inf).astype(x.dtype)  # 0, whatever the anchor
 
 
-def resize(cache: LayerCache, capacity: int) -> LayerCache:
+def resize(cache: LayerCache, capacity: Capacity) -> LayerCache:
     """The same tokens in `capacity` slots; a row that holds more loses the last ones in slot order."""
+    if isinstance(capacity, tuple):
+        capacity, below = capacity
+        cache = dataclasses.replace(cache, low=resize(cache.low, below))
     if cache.slots > capacity:
         occupied_first = jnp.argsort(cache.pos == FREE, axis=-1, stable=True)
         return take(cache, occupied_first[..., :capacity])
@@ -187,7 +210,7 @@ def resize(cache: LayerCache, capacity: int) -> LayerCache:
             return jnp.pad(leaf, widths, constant_values=fill)
 
         k, v, pos, stats = cache.slot_aligned()
-        return cache.with_slots((pad(k), pad(v), pad(pos, FREE), jax.tree.map(pad, stats)))
+        return cache.with_slots((jax.tree.map(pad, k), jax.tree.map(pad, v), pad(pos, FREE), jax.tree.map(pad, stats)))
     return cache
 
 

@@ -141,7 +141,7 @@ def check_step(params: Params, policy: Policy, token, cache: Cache) -> None:
             raise ValueError(
                 f"position {position} is beyond the model's context of {config.context} tokens. Start anew."
             )
-        if own.budget is None and own.capacity(longest + 1) > layer.slots:
+        if own.capacity_after(layer, 1, longest) != layer.capacity:
             raise ValueError(
                 f"all {layer.slots} slots are taken, and {own.name} frees none. Leave room for those to come: "
                 f"prefill(..., room=64)."

@@ -342,7 +342,7 @@ def _together(several: tuple[Policy, ...]) -> Policy:
 
         def alone(policy):
             fresh = policy.init(shape)
-            own = dataclasses.replace(cache, stats=fresh.stats, carry=fresh.carry, made_by=policy)
+            own = dataclasses.replace(cache, stats=fresh.stats, carry=fresh.carry, low=fresh.low, made_by=policy)
             return policy.first(own, seen, policy.capacity(capacity))
 
         return tuple(alone(policy) for policy in several)

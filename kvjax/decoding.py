@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.attention import attend
-from kvjax.cache import FREE, Cache, LayerCache, LayerShape, resize
+from kvjax.cache import FREE, Cache, Capacity, LayerCache, LayerShape, resize
 from kvjax.checks import (
     as_array,
     check_cache,
@@ -101,15 +101,14 @@ def prefill(
     policies = policy.of_layers(len(layers))
     seen = int(np.max(start)) if known(start) else None
 
-    def capacity(policy, layer):  # a slot that is still free from an earlier turn is not asked for again
-        slots = 0 if layer is None else layer.slots
-        if seen is None:
-            return policy.capacity_after(slots, count + room)
-        return max(policy.capacity(seen + count + room), slots)
-
-    capacities = [capacity(*layer) for layer in zip(policies, layers, strict=True)]
+    capacities = [
+        own.capacity(count + room) if layer is None else own.capacity_after(layer, count + room, seen)
+        for own, layer in zip(policies, layers, strict=True)
+    ]
+    if seen == 0 and chunk == count:  # the slots of an empty cache are free: this is a first call, and exact
+        layers = [None] * len(layers)
     for own in set(policies):
-        if chunk < count and cache is None and own.stepwise == "turns":
+        if chunk < count and not seen and own.stepwise == "turns":
             raise ValueError(f"prefill: {own.name} must see a prompt whole; leave out chunk={chunk}.")
     if chunk < count or (chunk == 1 and cache is not None):
         # Every chunk meets the slots that the last one leaves, so one program serves them all.
@@ -163,7 +162,7 @@ def step_with(layer_program: Callable, params: Params, policy: Policy, token: ja
     layers = []
     policies = policy.of_layers(len(cache.layers))
     for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
-        x, layer = layer_program(block, x, layer, positions, angles, i, policies[i], params.config, layer.slots)
+        x, layer = layer_program(block, x, layer, positions, angles, i, policies[i], params.config, layer.capacity)
         layers.append(layer)
     return _logits(params, x[:, 0]), Cache(tuple(layers), cache.length + active, policy, params.config)
 
@@ -177,7 +176,7 @@ def _layer(
     layer: int,
     policy: Policy,
     config: Config,
-    capacity: int,
+    capacity: Capacity,
 ) -> tuple[jax.Array, LayerCache]:
     """One layer over this call's tokens: the new residual stream x [B, T, width] and the new slots."""
     q, k, v = llama.project(block, x, config)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import selects
-from kvjax.cache import FREE, LayerCache, LayerShape, after, empty, free_losers, resize
+from kvjax.cache import FREE, Capacity, LayerCache, LayerShape, after, empty, free_losers, resize
 from kvjax.codecs import Codec
 from kvjax.counts import whole
 
@@ -56,6 +56,7 @@ class Seen(NamedTuple):
       out: [B, H, G, T, D], attention's output.
       lse: f32[B, H, G, T], log-sum-exp of the logits; -inf for a query that saw nothing.
       mass: The statistics that the policy asked for in `needs`.
+      low: The same for the slots of the cheaper tier; None without one.
     """
 
     positions: jax.Array
@@ -64,6 +65,7 @@ class Seen(NamedTuple):
     out: jax.Array
     lse: jax.Array
     mass: Masses
+    low: Masses | None = None
 
     @property
     def now(self) -> jax.Array:
@@ -116,6 +118,9 @@ class Policy:
       stepwise: Which calls of several tokens are read token by token, as decode steps: "never"; "turns", all but a
         prompt; or "always".
       bias: None, or (LayerCache) -> f32[B, H, N], added to the attention logits of each slot but the query's own.
+      scorer: By what slots are kept, in policies that `evict` made.
+      choose: `update` without the scorer's `observe`, likewise.
+      low: The policy of a cheaper tier, which takes the tokens that this one loses; None drops them.
     """
 
     name: str
@@ -130,6 +135,9 @@ class Policy:
     layers: tuple["Policy", ...] = ()
     keys: Codec | None = None
     values: Codec | None = None
+    scorer: Scorer | None = None
+    choose: Callable[[LayerCache, Seen, Capacity], LayerCache] | None = None
+    low: "Policy | None" = None
 
     def of_layers(self, count: int) -> tuple["Policy", ...]:
         """The policies of a model's `count` layers."""
@@ -139,7 +147,11 @@ class Policy:
 
     def empty(self, shape: LayerShape) -> LayerCache:
         """Free slots for one layer, marked as this policy's, in the form that its codecs store."""
+        slots, below = shape.slots if isinstance(shape.slots, tuple) else (shape.slots, shape.slots)
+        shape = dataclasses.replace(shape, slots=slots)
         cache = dataclasses.replace(self.init(shape), made_by=self)
+        if self.low is not None:
+            cache = dataclasses.replace(cache, low=self.low.empty(dataclasses.replace(shape, slots=below)))
         if shape.slots == 0 or not self.has_codecs:
             return cache
         q = jnp.zeros((shape.batch, shape.kv_heads, 1, 1, shape.head_dim), shape.dtype)
@@ -154,10 +166,28 @@ class Policy:
     def first(self, cache: LayerCache, seen: Seen, capacity: int) -> LayerCache:
         """What is kept of a sequence's first call, whose keys and values attention saw as they came."""
         cache = self.update(cache, seen, capacity)
-        if not self.has_codecs:
+        k, v, there = (
+            jnp.concatenate(parts, axis=2)
+            for parts in zip(*((t.k, t.v, t.pos != FREE) for t in cache.tiers), strict=True)
+        )
+        return self._encoded(cache, k, v, there, seen.q, seen.positions)
+
+    def _encoded(self, cache: LayerCache, k, v, there, q, positions) -> LayerCache:
+        """The layer, whose tiers hold vectors, in the form that its codecs store; fitted on k, v and q."""
+        if self.has_codecs:
+            cache = self.fit(cache, k, v, there, q, positions)
+            cache = self.stored(cache, *self.projected(cache.k, cache.v, cache.fitted))
+        if self.low is None:
             return cache
-        cache = self.fit(cache, cache.k, cache.v, cache.pos != FREE, seen.q, seen.positions)
-        return self.stored(cache, *self.projected(cache.k, cache.v, cache.fitted))
+        k, v = self.projected(k, v, cache.fitted)
+        low = cache.low
+        low = low.with_slots((*self.projected(low.k, low.v, cache.fitted), low.pos, low.stats))
+        low = self.low._encoded(low, k, v, there, self.asked(q, cache.fitted), positions)
+        return dataclasses.replace(cache, low=low)
+
+    def asked(self, q: jax.Array, fitted: Any) -> jax.Array:
+        """Queries [B, H, G, T, D] as they meet projected keys."""
+        return q if self.keys is None or self.keys.query is None else self.keys.query(q, fitted[1])
 
     def fit(self, cache: LayerCache, k, v, there, q, positions) -> LayerCache:
         """The layer with what its codecs choose from k and v [B, H, T, D] and queries, in rows that begin here."""
@@ -200,15 +230,31 @@ class Policy:
         v = cache.v if self.values is None else self.values.load(cache.v).astype(cache.dtype)
         return dataclasses.replace(cache, k=k, v=v)
 
-    def capacity(self, tokens: int) -> int:
+    def settled(self, cache: LayerCache, held: LayerCache, stored: LayerCache | None) -> LayerCache:
+        """The layer as it is stored, after `update` has made `cache` of `held`, which was loaded from `stored`."""
+        if stored is not None and cache.k is held.k and cache.v is held.v:  # nothing was written into them
+            return dataclasses.replace(cache, k=stored.k, v=stored.v)
+        return self.stored(cache, cache.k, cache.v) if self.has_codecs else cache
+
+    def capacity(self, tokens: int) -> Capacity:
         """Slots to allocate for a sequence of `tokens`: one above the budget, where the next token is written."""
         if self.budget is not None:
-            return self.budget + 1
-        return tokens if self.grow is None else self.grow(tokens)
+            own = self.budget + 1
+        else:
+            own = tokens if self.grow is None else self.grow(tokens)
+        return own if self.low is None else (own, self.low.capacity(tokens))
 
-    def capacity_after(self, slots: int, tokens: int) -> int:
-        """Slots to allocate for `tokens` more in a cache that has `slots`, all of them taken."""
-        return self.capacity(tokens) + (slots if self.budget is None else 0)
+    def capacity_after(self, cache: LayerCache, more: int, seen: int | None = None) -> Capacity:
+        """Slots to allocate for `more` tokens in a layer that has seen `seen`; None takes all its slots for taken.
+
+        A slot that is still free from an earlier turn is not asked for again.
+        """
+        if self.low is not None:
+            own = dataclasses.replace(self, low=None).capacity_after(cache, more, seen)
+            return own, self.low.capacity_after(cache.low, more, seen)
+        if seen is not None:
+            return max(self.capacity(seen + more), cache.slots)
+        return cache.slots + more if self.budget is None else self.capacity(more)
 
     def __repr__(self) -> str:
         return self.name
@@ -223,33 +269,44 @@ def evict(
     ranks: Callable | None = None,
     bias: Callable | None = None,
     stepwise: str = "never",
+    limit: Callable | None = None,
+    grow: Callable[[int], int] | None = None,
 ) -> Policy:
     """A policy that scores every slot, keeps what `select` chooses and frees the rest.
 
     Args:
       scorer: By what slots are kept.
-      budget: Slots kept in each row and head; None keeps all.
+      budget: Slots kept in each row and head; None keeps all, or what `limit` says.
       select: (score f32[B, H, N], pos i32[B, H, N], budget) -> kept bool[B, H, N].
       fate: (cache, kept, seen, losers: the most that a row and head may lose) -> cache, before the losers are freed:
         what becomes of them (see `folds`). None drops them.
       ranks: See `Policy`.
       bias: See `Policy`.
       stepwise: See `Policy`.
+      limit: (seen) -> i32[B], slots kept in each row, where that is not a constant; see `grow`.
+      grow: See `Policy`.
     """
 
     def init(shape):
         return empty(shape, scorer.stats, scorer.carry(shape))
 
-    def update(cache, seen, capacity):
-        cache = dataclasses.replace(cache, stats=scorer.observe(cache, seen))
-        if budget is not None and cache.slots > budget:
+    def choose(cache, seen, capacity):
+        if limit is not None:
+            kept = selects.first(scorer.score(cache, seen), cache.pos, limit(seen)[:, None, None])
+        elif budget is not None and cache.slots > budget:
             kept = select(scorer.score(cache, seen), cache.pos, budget)
-            if fate is not None:
-                cache = fate(cache, kept, seen, cache.slots - budget)
-            cache = free_losers(cache, kept)
-        return resize(cache, capacity)
+        else:
+            return resize(cache, capacity)
+        if fate is not None:
+            cache = fate(cache, kept, seen, cache.slots - (budget or 0))
+        return resize(free_losers(cache, kept), capacity)
 
-    return Policy("evict", budget, scorer.needs, init, update, ranks, bias, stepwise=stepwise)
+    def update(cache, seen, capacity):
+        return choose(dataclasses.replace(cache, stats=scorer.observe(cache, seen)), seen, capacity)
+
+    return Policy(
+        "evict", budget, scorer.needs, init, update, ranks, bias, grow, stepwise, scorer=scorer, choose=choose
+    )
 
 
 def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = None) -> Policy:

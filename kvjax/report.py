@@ -47,7 +47,7 @@ def report(cache: Cache) -> Report:
     """Reads off what `cache` holds. Needs its values: not under jit."""
     if not isinstance(cache, Cache):
         raise ValueError(f"report: cache is a {type(cache).__name__}, and must be a kvjax.Cache.")
-    layers, config = cache.layers, cache.config
+    layers, config = [tier for layer in cache.layers for tier in layer.tiers], cache.config
     by_kind = {
         "keys": nbytes([layer.k for layer in layers]),
         "values": nbytes([layer.v for layer in layers]),

@@ -12,6 +12,18 @@ def ranked(score: jax.Array, pos: jax.Array) -> jax.Array:
     return jax.lax.sort((0 - score, pos, slot), dimension=-1, num_keys=2)[2]  # 0 - x is never -0
 
 
+def first(score: jax.Array, pos: jax.Array, count: jax.Array) -> jax.Array:
+    """As `top_k`, for a number of slots i32[B, 1, 1] that is known only when it runs; it sorts in every step."""
+    best_first = ranked(_worth(score, pos), pos)
+    return (jnp.argsort(best_first, axis=-1) < count) & (pos != FREE)
+
+
+def _worth(score, pos):
+    """Scores that can be ordered; nan, where attention overflowed, is the least: a token is more than no token."""
+    lowest = jnp.finfo(score.dtype).min
+    return jnp.where(pos == FREE, -jnp.inf, jnp.where(score > lowest, score, lowest))
+
+
 def top_k(score: jax.Array, pos: jax.Array, budget: int) -> jax.Array:
     """Keeps the `budget` best slots of each row and head, ties to the lower position; free slots never count.
 
@@ -23,8 +35,7 @@ def top_k(score: jax.Array, pos: jax.Array, budget: int) -> jax.Array:
     Returns:
       bool[B, H, N], at most `budget` true in a row.
     """
-    lowest = jnp.finfo(score.dtype).min  # for nan too, where attention overflowed: a token is worth more than no token
-    score = jnp.where(pos == FREE, -jnp.inf, jnp.where(score > lowest, score, lowest))
+    score = _worth(score, pos)
     excess = pos.shape[-1] - budget
     if excess <= 0:
         return pos != FREE

@@ -21,7 +21,7 @@ def kept(cache: Cache) -> np.ndarray:
     length = int(cache.length[0])
     held = np.zeros((len(cache.layers), cache.config.kv_heads, length), bool)
     for i, layer in enumerate(cache.layers):
-        pos = np.asarray(layer.pos[0])  # [H, N]
+        pos = np.concatenate([np.asarray(tier.pos[0]) for tier in layer.tiers], axis=-1)  # [H, N]
         head, slot = np.nonzero(pos != FREE)
         held[i, head, pos[head, slot]] = True
     return held

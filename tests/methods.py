@@ -20,9 +20,11 @@ from tests.oracles import (
     h2o,
     keydiff,
     kvmerger,
+    mikv,
     random_eviction,
     snapkv,
     streaming_llm,
+    think,
     tova,
 )
 
@@ -39,6 +41,7 @@ class Row:
       heads_alike: Whether all heads of a layer keep the same tokens, in slots of the same order.
       slack: Tokens below the budget that may be in use, in methods that compress now and then.
       folds: Whether losers are folded into kept tokens, whose values then are no longer their own.
+      atol: How near outputs are to the oracle's.
     """
 
     make: Callable[[int], kvjax.Policy]
@@ -48,6 +51,7 @@ class Row:
     heads_alike: bool = False
     slack: int = 0
     folds: bool = False
+    atol: float = 2e-5
 
 
 def uniform(seed: int, layer: int, head: int, pos: int) -> float:
@@ -130,6 +134,14 @@ POLICIES = {
         slack=2,
         folds=True,
     ),
+    "think": Row(
+        lambda budget: policies.think(4, recent=budget, window=3),
+        lambda budget, **kw: think.run(keep_count=4, recent=budget, window=3, demote_tail=1, **kw),
+    ),
+    "mikv": Row(
+        lambda budget: policies.mikv(0.5 if budget < 20 else 1.0, low_bits=4, group=4),
+        lambda budget, **kw: mikv.run(ratio=0.5, low_bits=4, group=4, **kw),
+    ),
 }
 
 VARIANTS = {  # of the same methods: only held to their oracles
@@ -200,6 +212,19 @@ VARIANTS = {  # of the same methods: only held to their oracles
     "kvmerger(fixed width)": Row(
         lambda budget: policies.kvmerger(budget, window=2, heavy=1, sigma=2.0, every=1),
         lambda budget, **kw: kvmerger.run(budget=budget, window=2, heavy=1, sigma=2.0, remerge_every=1, **kw),
+    ),
+    "think(few)": Row(
+        lambda budget: policies.think(6, recent=1, window=20),
+        lambda budget, **kw: think.run(keep_count=6, recent=1, window=20, demote_tail=1, **kw),
+    ),
+    "mikv(int8, int3)": Row(
+        lambda budget: policies.mikv(0.3, low_bits=3, high_bits=8, group=8, heavy=1.0),
+        lambda budget, **kw: mikv.run(ratio=0.3, low_bits=3, high_bits=8, group=8, heavy_share=1.0, twice=True, **kw),
+        atol=2e-3,  # a call of several tokens rounds what is held again, and steps are f16
+    ),
+    "mikv(newest, plain)": Row(
+        lambda budget: policies.mikv(0.2, low_bits=2, group=4, heavy=0.0, balanced=False),
+        lambda budget, **kw: mikv.run(ratio=0.2, low_bits=2, group=4, heavy_share=0.0, balance=False, **kw),
     ),
     "elastic_cache": Row(
         lambda budget: policies.elastic_cache(0.5, distance=3),

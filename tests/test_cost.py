@@ -34,7 +34,7 @@ def documented_bytes(policy: kvjax.Policy, *, config, batch: int, tokens: int, n
         "n": tokens,
     }
     defaults = {key: one.default for key, one in inspect.signature(getattr(policies, method)).parameters.items()}
-    names |= defaults | {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)\b", settings)}
+    names |= defaults | {key: float(value) for key, value in re.findall(r"(\w+)=([\d.]+)\b", settings)}
     return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), names)
 
 

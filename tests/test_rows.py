@@ -66,6 +66,8 @@ def test_further_rows_change_nothing(row):
 @pytest.mark.parametrize("chunk", [None, 8])
 @every_method
 def test_wider_padding_changes_nothing_whatever_it_is(row, chunk):
+    if chunk and row.make(BUDGET).stepwise == "turns":
+        pytest.skip("it must see a prompt whole")
     want = run(row, chunk=chunk)
     padding = jnp.asarray([[60], [-7], [10**9]], jnp.int32)
     wide = jnp.where(jnp.arange(32) < LENGTHS[:, None], jnp.pad(TOKENS, ((0, 0), (0, 8))), padding)

@@ -33,6 +33,10 @@ def assert_same_kept(got: kvjax.Cache, want: kvjax.Cache):
 @every_method
 def test_turns_that_split_a_prompt_like_chunks_are_the_chunked_call(row):
     policy = row.make(BUDGET)
+    if policy.stepwise == "turns":
+        with pytest.raises(ValueError, match="must see a prompt whole"):
+            kvjax.prefill(PARAMS, policy, TOKENS, chunk=8)
+        return
     want, whole = kvjax.prefill(PARAMS, policy, TOKENS, chunk=8)
     cache = None
     for at in (0, 8, 16):

@@ -9,9 +9,11 @@ from kvjax.policies.full import full
 from kvjax.policies.h2o import h2o
 from kvjax.policies.keydiff import keydiff
 from kvjax.policies.kvmerger import kvmerger
+from kvjax.policies.mikv import mikv
 from kvjax.policies.random import random
 from kvjax.policies.snapkv import snapkv
 from kvjax.policies.streaming_llm import streaming_llm
+from kvjax.policies.think import think
 from kvjax.policies.tova import tova
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "h2o",
     "keydiff",
     "kvmerger",
+    "mikv",
     "random",
     "snapkv",
     "streaming_llm",
+    "think",
     "tova",
 ]

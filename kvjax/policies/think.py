@@ -1,0 +1,33 @@
+"""ThinK, keys with fewer channels. Xu et al. 2024, arXiv:2407.21018."""
+
+from kvjax.codecs import prune_channels
+from kvjax.policy import Policy, evict, method, store
+from kvjax.scorers import recency
+from kvjax.tiers import demote
+
+
+@method
+def think(channels: int, *, recent: int = 32, window: int = 32, tokens: Policy | None = None) -> Policy:
+    """Keeps `channels` channels of every key but the newest `recent`: those that the last queries of the prompt use.
+
+    The choice is made once for each row and head, when the prompt has been read. Values stay whole.
+
+    Bytes: L B H ((n - recent + 1) ((D + channels) b + 4) + (recent + 1) (2 D b + 4) + 4 channels) + L B + 4 B.
+
+    Args:
+      channels: Channels of a key that stay, below head_dim. The paper prunes int(0.4 D): 39 of 64 stay, 77 of 128.
+      recent: Newest tokens, whose keys are whole.
+      window: Last queries of the prompt, which choose.
+      tokens: Another policy that evicts the older tokens, such as `h2o(budget=224, window=32)`; its budget and window
+        count those, and not the newest `recent`. None keeps them all.
+
+    Source: the paper's published code, with one choice for the query heads of a group, which its authors found as good.
+    Differs: a key that leaves the newest is pruned too, also while answering (the code lets the whole keys of an answer
+    pile up). The last queries choose, so a cache is not for another question; a prompt cannot be read in chunks.
+    """
+    if recent < 1:
+        raise ValueError(f"think: recent={recent} must be at least 1; codecs.prune_channels alone prunes every key.")
+    if tokens is None:
+        tokens = evict(recency(), budget=None, grow=lambda n: max(n - recent, 0) + 1)
+    low = store(tokens, keys=prune_channels(channels, window=window))
+    return demote(recency(), low, budget=recent, stepwise="turns")

@@ -1,0 +1,95 @@
+"""Two tiers of slots in a layer: what the upper one loses moves into a cheaper one, and is attended to there.
+
+    upper   [ 7 | 9 | . ]         token 9 stays, 7 loses        upper   [ . | 9 | . ]
+    low     [ 0 | 3 | . ]         ---- demote ---->             low     [ 0 | 3 | 7 ]      at fewer bits or channels
+
+One softmax covers both. A token takes its position and statistics along, and never comes back.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kvjax import folds
+from kvjax.cache import FREE, LayerCache, extend, write
+from kvjax.policy import Policy, Scorer, Seen, evict
+
+
+def demote(
+    scorer: Scorer,
+    low: Policy,
+    *,
+    budget: int | None = None,
+    limit: Callable | None = None,
+    grow: Callable[[int], int] | None = None,
+    stepwise: str = "never",
+) -> Policy:
+    """A policy that evicts by a score, and whose losers go to a lower tier: `store(full(), keys=integer(4))`, say.
+
+    The lower policy may evict in turn, by statistics that both tiers keep. Its codecs see what those of the upper one
+    have projected: balance channels above, and they are balanced below.
+
+    Args:
+      scorer: By what slots stay in the upper tier.
+      low: The policy of the lower tier, made by `evict`, with or without codecs.
+      budget: See `evict`.
+      limit: See `evict`.
+      grow: See `Policy`.
+      stepwise: See `Policy`.
+
+    Raises:
+      ValueError: If `low` cannot take the losers of another policy.
+    """
+    if low.scorer is None or low.low is not None or low.ranks is not None or low.bias is not None:
+        raise ValueError(
+            f"demote: {low.name} cannot take the losers of another policy: it must keep slots by a score, at true "
+            f"positions, without a bias and without a tier of its own."
+        )
+    mine, theirs = scorer.stats.keys(), low.scorer.stats.keys()
+    if not theirs <= mine:
+        if theirs & mine:
+            raise ValueError(
+                f"demote: {low.name} keeps {sorted(theirs)}, and the upper tier some of it: {sorted(mine)}."
+            )
+        scorer = _both(scorer, low.scorer)
+    policy = evict(scorer, budget=budget, fate=functools.partial(_move, low), limit=limit, grow=grow, stepwise=stepwise)
+    if low.budget is None and budget is not None:  # the layer grows, though this tier of it does not
+        policy = dataclasses.replace(policy, budget=None, grow=lambda tokens: budget + 1)
+    return dataclasses.replace(policy, low=low)
+
+
+def _both(upper: Scorer, lower: Scorer) -> Scorer:
+    """The upper scorer, which observes the statistics of the lower one too."""
+
+    def observe(cache, seen):
+        below = lower.observe(cache, seen)
+        return upper.observe(cache, seen) | {name: below[name] for name in lower.stats}
+
+    return upper._replace(needs=upper.needs | lower.needs, stats=upper.stats | lower.stats, observe=observe)
+
+
+def _move(low: Policy, cache: LayerCache, kept: jax.Array, seen: Seen, count: int) -> LayerCache:
+    """Copies at most `count` losers of a row and head into the tier below, whose policy then evicts."""
+    tier = cache.low
+    if tier.slots and low.scorer.stats:
+        tier = dataclasses.replace(tier, stats=low.scorer.observe(tier, seen._replace(mass=seen.low)))
+    count = min(count, seen.positions.shape[1])  # what was there before this call is within its bounds
+    losers = folds.gather_losers(cache, kept, count)
+    pos = seen.done(jnp.where(losers.real, folds.at(cache.pos, losers.slot), FREE))
+    stats = {name: folds.at(cache.stats[name], losers.slot) for name in low.scorer.stats}
+    k, v = losers.k.astype(cache.dtype), losers.v.astype(cache.dtype)
+    if tier.slots == 0:  # the prompt: `Policy.first` stores both tiers when all is chosen
+        held = extend(tier, k, v, pos, stats)
+        return dataclasses.replace(cache, low=low.choose(held, seen, held.slots))
+
+    new = low.stored(tier, *low.projected(k, v, tier.fitted))
+    if count == 1:
+        stored = write(tier, *jax.tree.map(lambda leaf: leaf[:, :, 0], (new.k, new.v, pos, stats)))
+    else:
+        stored = extend(tier, new.k, new.v, pos, stats)
+    held = low.loaded(stored)
+    tier = low.choose(held, seen, held.slots)
+    return dataclasses.replace(cache, low=low.settled(tier, held, stored))
