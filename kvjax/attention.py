@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import FREE, LayerCache, LayerShape, after, extend, resize, write
+from kvjax.cache import FREE, LayerCache, LayerShape, after, extend, resize
 from kvjax.counts import whole
 from kvjax.models.rope import Rope, rotate
 from kvjax.policy import Mass, Masses, Policy, Seen, check_policy
@@ -130,8 +130,7 @@ def attend(
                     f"call before this one capacity=, with room for the tokens to come."
                 )
         capacity = cache.capacity
-        new = policy.stored(cache, k, v)
-        stored = write(cache, *jax.tree.map(lambda leaf: leaf[:, :, 0], (new.k, new.v)), positions[:, 0])
+        before = stored = policy.written(cache, k, v, positions[:, 0])
         cache = policy.loaded(stored)
     else:
         if capacity is None:
@@ -139,6 +138,7 @@ def attend(
         if policy.has_codecs and not first:  # later tokens are read as they are stored
             new = policy.loaded(policy.stored(cache, k, v))
             k, v = jnp.where(begins, k, new.k), jnp.where(begins, v, new.v)
+        before = cache
         cache = extend(cache if first else policy.loaded(cache), k, v, positions)
 
     q_pos, k_pos, keys = positions[:, None, :], cache.pos, cache.k  # [B, 1, T], [B, H, N]
@@ -176,6 +176,8 @@ def attend(
     )
     if first:
         cache = policy.first(cache, seen, capacity)
+    elif policy.form is not None:
+        cache = policy.form.settled(policy.update(cache, seen, capacity), before, seen)
     else:
         cache = policy.settled(policy.update(cache, seen, capacity), cache, stored)
     out = attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim)
@@ -452,7 +454,11 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
             f"attend: the cache was made by {made_by}, and the policy given is {policy.name}. Give its own."
         )
     want = (batch, k.shape[2], cache.slots)
-    if cache.pos.shape != want or cache.dtype != k.dtype or (policy.keys is None and cache.k.shape[3] != head_dim):
+    if (
+        cache.pos.shape != want
+        or cache.dtype != k.dtype
+        or (policy.keys is None and policy.form is None and cache.k.shape[3] != head_dim)
+    ):
         raise ValueError(
             f"attend: the cache holds {cache.dtype} keys in [B, kv_heads, slots] = {list(cache.pos.shape)}, and k of "
             f"this call is {k.dtype}{list(k.shape)}. Was this cache made for another model, batch or dtype?"

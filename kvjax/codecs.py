@@ -31,6 +31,7 @@ class Codec(NamedTuple):
       store: f32[B, H, N, D'] -> a tree of [B, H, N, ...].
       load: that tree -> f32[B, H, N, D'].
       check: (head_dim) -> None; refuses what does not fit.
+      group: Channels that share a step, in codecs that round.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Codec(NamedTuple):
     store: Callable[[jax.Array], Any]
     load: Callable[[Any], jax.Array]
     check: Callable[[int], None]
+    group: int | None = None
 
 
 def _nothing(*_):
@@ -92,7 +94,50 @@ def integer(bits: int, *, group: int = 32) -> Codec:
         x = codes.reshape(*step.shape[:-1], group) * step + low
         return x.reshape(*x.shape[:-2], -1)
 
-    return Codec(f"int{bits}", _nothing, _same, None, store, load, check)
+    return Codec(f"int{bits}", _nothing, _same, None, store, load, check, group)
+
+
+class ByChannel(NamedTuple):
+    """How blocks of tokens are stored: `store` f32[B, H, N, D] -> tree of [B, H, N, ...], and `load` back."""
+
+    store: Callable[[jax.Array], Any]
+    load: Callable[[Any], jax.Array]
+
+
+def by_channel(codec: Codec, block: int) -> ByChannel:
+    """Rounds as `codec`, an `integer`, does, but each channel over the tokens of a group, `block` tokens at a time.
+
+    A token's slot holds its part of the block's codes, steps and minima, and means nothing without the other slots of
+    the block: they are not to be moved apart. Bytes are those of `codec`.
+
+    Args:
+      codec: Made by `integer`; its group divides `block` and head_dim, and block x bits and D x bits fill words of 32.
+      block: Tokens; a last block that is not full is filled up with zeros.
+    """
+
+    def blocks(x):
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)])
+        return x.reshape(*x.shape[:2], -1, block, x.shape[3])
+
+    def store(x):
+        tree = codec.store(blocks(x).swapaxes(3, 4))  # [B, H, blocks, D, words of `block` tokens]
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(*leaf.shape[:2], -1, _per_token(leaf, block))[:, :, : x.shape[2]], tree
+        )
+
+    def load(tree):
+        slots = tree["codes"].shape[2]
+        channels = {name: blocks(leaf) for name, leaf in tree.items()}
+        width = channels["step"].shape[4] * codec.group
+        tree = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:3], width, -1), channels)
+        x = codec.load(tree).swapaxes(3, 4)
+        return x.reshape(*x.shape[:2], -1, width)[:, :, :slots]
+
+    return ByChannel(store, load)
+
+
+def _per_token(leaf, block):
+    return leaf.shape[3] * leaf.shape[4] // block
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
@@ -184,7 +229,7 @@ def pipe(first: Codec, then: Codec) -> Codec:
     Raises:
       ValueError: If the first already rounds: what it stores has no channels that the second could take.
     """
-    if first.name.startswith("int"):
+    if first.group is not None:
         raise ValueError(f"pipe: {first.name} stores codes, which {then.name} cannot take. Put it last.")
 
     def fit(k, there, q, asked):
@@ -215,4 +260,5 @@ def pipe(first: Codec, then: Codec) -> Codec:
         then.store,
         then.load,
         check,
+        then.group,
     )

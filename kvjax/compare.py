@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +23,53 @@ from kvjax.models.weights import Model
 from kvjax.policy import Policy
 from kvjax.report import report
 
-AT_BUDGET: dict[str, Callable[[int, int], Policy]] = {  # of the budget in slots, and the tokens of a context
-    "full": lambda budget, tokens: policies.full(),
-    "streaming_llm": lambda budget, tokens: policies.streaming_llm(budget),
-    "h2o": lambda budget, tokens: policies.h2o(budget, window=budget // 2),
-    "snapkv": lambda budget, tokens: policies.snapkv(budget, window=min(64, budget // 2)),
-    "d2o": lambda budget, tokens: policies.d2o(budget, window=budget // 2),
-    "cam": lambda budget, tokens: policies.cam(budget),
-    "compactor": lambda budget, tokens: policies.compactor(budget),
-    "ems": lambda budget, tokens: policies.ems(budget + 1 - _few(budget), window=_few(budget)),
-    "kvmerger": lambda budget, tokens: _kvmerger(budget + 1 - _few(budget), _few(budget), budget / tokens),
-    "elastic_cache": lambda budget, tokens: policies.elastic_cache(1 - budget / tokens),
-    "tova": lambda budget, tokens: policies.tova(budget),
-    "keydiff": lambda budget, tokens: policies.keydiff(budget),
-    "random": lambda budget, tokens: policies.random(budget),
+
+class Target(NamedTuple):
+    """How small a context is to become: to the bytes of `budget` slots of a full cache.
+
+    Attributes:
+      budget: Slots a head.
+      tokens: Of a context.
+      head_dim: The model's.
+      number: Bytes of a number.
+    """
+
+    budget: int
+    tokens: int
+    head_dim: int = 64
+    number: int = 4
+
+    @property
+    def bytes(self) -> float:
+        """Of one head."""
+        return self.budget * self.slot(0)
+
+    def slot(self, statistics: int) -> float:
+        """Bytes of a slot at full width, with so many numbers of f32 beside its position."""
+        return 2 * self.head_dim * self.number + 4 + 4 * statistics
+
+    def slot_of_integers(self, bits: int, group: int = 32) -> float:
+        """Bytes of a slot whose key and value are rounded."""
+        return 2 * (self.head_dim * bits / 8 + 4 * self.head_dim / group) + 4
+
+
+AT_BUDGET: dict[str, Callable[[Target], Policy | None]] = {  # None where a method cannot be so small
+    "full": lambda to: policies.full(),
+    "streaming_llm": lambda to: policies.streaming_llm(to.budget),
+    "h2o": lambda to: policies.h2o(to.budget, window=to.budget // 2),
+    "snapkv": lambda to: policies.snapkv(to.budget, window=min(64, to.budget // 2)),
+    "d2o": lambda to: policies.d2o(to.budget, window=to.budget // 2),
+    "cam": lambda to: policies.cam(to.budget),
+    "compactor": lambda to: policies.compactor(to.budget),
+    "ems": lambda to: policies.ems(to.budget + 1 - _few(to.budget), window=_few(to.budget)),
+    "kvmerger": lambda to: _kvmerger(to.budget + 1 - _few(to.budget), _few(to.budget), to.budget / to.tokens),
+    "elastic_cache": lambda to: policies.elastic_cache(1 - to.budget / to.tokens),
+    "think": lambda to: _think(to),
+    "mikv": lambda to: _mikv(to),
+    "kivi": lambda to: _kivi(to),
+    "tova": lambda to: policies.tova(to.budget),
+    "keydiff": lambda to: policies.keydiff(to.budget),
+    "random": lambda to: policies.random(to.budget),
 }
 
 
@@ -48,6 +82,37 @@ def _kvmerger(budget: int, every: int, share: float) -> Policy:
     """With the parts of the budget that the paper leaves alone: those of its 50 %, or of its 35 %."""
     window, heavy = (0.34, 0.24) if share > 0.4 else (0.23, 0.057)
     return policies.kvmerger(budget, window=max(1, round(window * budget)), heavy=round(heavy * budget), every=every)
+
+
+def _think(to: Target) -> Policy | None:
+    """H2O, of whose older keys half the channels stay: a quarter more tokens than in H2O alone."""
+    recent, channels = min(32, max(to.budget // 4, 1)), to.head_dim // 2
+    narrow = to.slot(1) - (to.head_dim - channels) * to.number
+    older = int((to.bytes - (recent + 1) * to.slot(1)) // narrow) - 1
+    if older < 2 or channels < 1:
+        return None
+    return policies.think(channels, recent=recent, tokens=policies.h2o(older, window=max(older // 2, 1)))
+
+
+def _mikv(to: Target) -> Policy | None:
+    """As many bits for the low tier as leave a fiftieth of the tokens, or more, at full precision."""
+    share, high = to.bytes / to.tokens, to.slot(1)
+    for bits in (8, 4, 3, 2):
+        low = to.slot_of_integers(bits)
+        ratio = int(1000 * (share - low) / (high - low)) / 1000
+        if ratio >= 0.02:
+            return policies.mikv(min(ratio, 1.0), low_bits=bits)
+    return None
+
+
+def _kivi(to: Target) -> Policy | None:
+    """As many bits as there is room for, and then as many whole tokens."""
+    for bits in (8, 4, 2):
+        for residual in (128, 64, 32):
+            whole = (2 * residual + 1) * to.head_dim * to.number
+            if to.tokens * to.slot_of_integers(bits) + whole <= to.bytes:
+                return policies.kivi(bits, residual=residual)
+    return None
 
 
 PROMPT = "Read this text and remember it.\n\n{context}\n\n"
@@ -146,8 +211,9 @@ def compare(
       ValueError: If a method has no such name, a budget is too small for it, or the model has no
         tokenizer or too short a context.
     """
-    rows = plan(methods, size)
+    plan(methods, size)  # refuses what no model can do
     check_fits(model, size)
+    rows = plan(methods, size, model.config.head_dim, model.params.embed.dtype.itemsize)
     speeds = {row.method for row in rows}
     groups = (size.contexts + size.prose) // size.group
     steps = groups * (len(rows) + 2) + len(speeds)
@@ -173,19 +239,20 @@ def check_fits(model: Model, size: Size) -> None:
         )
 
 
-def plan(methods: Sequence[str], size: Size) -> list[Row]:
-    """The rows that are to be measured, `full` first. Raises ValueError as `compare` does."""
+def plan(methods: Sequence[str], size: Size, head_dim: int = 64, number: int = 4) -> list[Row]:
+    """The rows that are to be measured, `full` first, for a model with `number` bytes a number.
+
+    A method that cannot be so small has no row at that budget. Raises ValueError as `compare` does.
+    """
     unknown = [name for name in methods if name not in AT_BUDGET]
     if unknown:
         raise ValueError(f"compare: there is no method {unknown[0]!r}; there are {', '.join(AT_BUDGET)}.")
     budgets = [round(size.tokens * fraction) for fraction in size.fractions]
     rows = [Row("full", size.tokens, policies.full())]
-    return rows + [
-        Row(name, budget, AT_BUDGET[name](budget, size.tokens))
-        for name in methods
-        if name != "full"
-        for budget in budgets
-    ]
+    for name in methods:
+        made = [(budget, AT_BUDGET[name](Target(budget, size.tokens, head_dim, number))) for budget in budgets]
+        rows += [Row(name, budget, policy) for budget, policy in made if policy is not None and name != "full"]
+    return rows
 
 
 def _measure_facts(model: Model, rows: list[Row], size: Size, tick) -> None:
@@ -342,7 +409,8 @@ def _together(several: tuple[Policy, ...]) -> Policy:
 
         def alone(policy):
             fresh = policy.init(shape)
-            own = dataclasses.replace(cache, stats=fresh.stats, carry=fresh.carry, low=fresh.low, made_by=policy)
+            low = policy.empty(dataclasses.replace(shape, slots=0)).low
+            own = dataclasses.replace(cache, stats=fresh.stats, carry=fresh.carry, low=low, made_by=policy)
             return policy.first(own, seen, policy.capacity(capacity))
 
         return tuple(alone(policy) for policy in several)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import selects
-from kvjax.cache import FREE, Capacity, LayerCache, LayerShape, after, empty, free_losers, resize
+from kvjax.cache import FREE, Capacity, LayerCache, LayerShape, after, empty, free_losers, resize, write
 from kvjax.codecs import Codec
 from kvjax.counts import whole
 
@@ -95,6 +95,21 @@ class Scorer(NamedTuple):
     carry: Callable[[LayerShape], Any] = lambda shape: ()
 
 
+class Form(NamedTuple):
+    """How a whole layer is stored, where codecs, which see single tokens, cannot say it.
+
+    Attributes:
+      written: (stored LayerCache, k and v [B, H, 1, D], position i32[B]) -> the same with one token more.
+      loaded: (stored LayerCache) -> the same with vectors.
+      settled: (LayerCache after `update`, with vectors; the stored one before, which in a decode step is what `written`
+        made, or None at the start; Seen) -> the layer to store.
+    """
+
+    written: Callable[..., LayerCache]
+    loaded: Callable[[LayerCache], LayerCache]
+    settled: Callable[[LayerCache, LayerCache | None, Seen | None], LayerCache]
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Policy:
@@ -121,6 +136,7 @@ class Policy:
       scorer: By what slots are kept, in policies that `evict` made.
       choose: `update` without the scorer's `observe`, likewise.
       low: The policy of a cheaper tier, which takes the tokens that this one loses; None drops them.
+      form: How layers are stored, in a policy that keeps every token in the slot of its position; None as codecs say.
     """
 
     name: str
@@ -138,6 +154,7 @@ class Policy:
     scorer: Scorer | None = None
     choose: Callable[[LayerCache, Seen, Capacity], LayerCache] | None = None
     low: "Policy | None" = None
+    form: Form | None = None
 
     def of_layers(self, count: int) -> tuple["Policy", ...]:
         """The policies of a model's `count` layers."""
@@ -152,6 +169,8 @@ class Policy:
         cache = dataclasses.replace(self.init(shape), made_by=self)
         if self.low is not None:
             cache = dataclasses.replace(cache, low=self.low.empty(dataclasses.replace(shape, slots=below)))
+        if shape.slots and self.form is not None:
+            return self.form.settled(cache, None, None)
         if shape.slots == 0 or not self.has_codecs:
             return cache
         q = jnp.zeros((shape.batch, shape.kv_heads, 1, 1, shape.head_dim), shape.dtype)
@@ -166,6 +185,10 @@ class Policy:
     def first(self, cache: LayerCache, seen: Seen, capacity: int) -> LayerCache:
         """What is kept of a sequence's first call, whose keys and values attention saw as they came."""
         cache = self.update(cache, seen, capacity)
+        if self.form is not None:
+            return self.form.settled(cache, None, seen)
+        if self.low is None and not self.has_codecs:
+            return cache
         k, v, there = (
             jnp.concatenate(parts, axis=2)
             for parts in zip(*((t.k, t.v, t.pos != FREE) for t in cache.tiers), strict=True)
@@ -224,8 +247,17 @@ class Policy:
         v = v if self.values is None else self.values.store(v)
         return dataclasses.replace(cache, k=k, v=v)
 
+    def written(self, cache: LayerCache, k: jax.Array, v: jax.Array, position: jax.Array) -> LayerCache:
+        """The stored layer with one token more in each row, of projected k and v [B, H, 1, D]."""
+        if self.form is not None:
+            return self.form.written(cache, k, v, position)
+        new = self.stored(cache, k, v)
+        return write(cache, *jax.tree.map(lambda leaf: leaf[:, :, 0], (new.k, new.v)), position)
+
     def loaded(self, cache: LayerCache) -> LayerCache:
         """The layer with projected keys and values as vectors."""
+        if self.form is not None:
+            return self.form.loaded(cache)
         k = cache.k if self.keys is None else self.keys.load(cache.k).astype(cache.dtype)
         v = cache.v if self.values is None else self.values.load(cache.v).astype(cache.dtype)
         return dataclasses.replace(cache, k=k, v=v)
@@ -323,6 +355,8 @@ def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = N
         raise ValueError(f"store: {policy.name} is made of a policy for each layer; store those.")
     if policy.has_codecs:
         raise ValueError(f"store: {policy.name} already has codecs; join them with codecs.pipe.")
+    if policy.form is not None:
+        raise ValueError(f"store: {policy.name} has a form of its own, which no codec can read.")
     if keys is None and values is None:
         raise ValueError("store: give a codec, keys= or values=, such as codecs.integer(4).")
     if values is not None and values.query is not None:

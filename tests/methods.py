@@ -19,6 +19,7 @@ from tests.oracles import (
     full,
     h2o,
     keydiff,
+    kivi,
     kvmerger,
     mikv,
     random_eviction,
@@ -69,6 +70,11 @@ def uniform(seed: int, layer: int, head: int, pos: int) -> float:
 def draws(seed: int, kv_heads: int, count: int, layer: int = 0) -> np.ndarray:
     """The draws of `random`, [H, count]."""
     return np.array([[uniform(seed, layer, head, pos) for pos in range(count)] for head in range(kv_heads)])
+
+
+def all_kept(calls):
+    """The calls of an oracle that says which keys are whole, of a method that keeps every token."""
+    return [dataclasses.replace(call, kept=[sorted(head) for head in call.held]) for call in calls]
 
 
 POLICIES = {
@@ -141,6 +147,10 @@ POLICIES = {
     "mikv": Row(
         lambda budget: policies.mikv(0.5 if budget < 20 else 1.0, low_bits=4, group=4),
         lambda budget, **kw: mikv.run(ratio=0.5, low_bits=4, group=4, **kw),
+    ),
+    "kivi": Row(
+        lambda budget: policies.kivi(4, group=4, residual=8 if budget < 20 else -(-budget // 8) * 8),
+        lambda budget, **kw: all_kept(kivi.run(bits=4, group=4, residual=8, **kw)),
     ),
 }
 

@@ -85,7 +85,7 @@ def check_slots(row, seed, scale):
 def test_an_occupied_slot_holds_the_token_of_its_position(row, seed):
     for _, cache, seen in run(row.make(BUDGET), np.random.default_rng(seed)):
         pos = np.asarray(cache.pos)
-        if not row.folds:
+        if not row.folds and cache.made_by.form is None:
             assert_array_equal(np.asarray(cache.v)[..., 0][pos >= 0], pos[pos >= 0])
         assert all(max(kept_positions(cache, b)[0]) < seen[b] for b in range(B))
 
@@ -104,6 +104,8 @@ def test_slot_order_carries_no_meaning(row, count, tied, seed):
     policy, rng = row.make(BUDGET), np.random.default_rng(seed)
     if tied and row.folds:
         pytest.skip("cosines of equal keys differ in their last bit, by their place")
+    if policy.form is not None:
+        pytest.skip("it stores several tokens as one, in slots that are their positions")
     cache, seen = some_cache(policy)
     q, k, v = streams(rng, count)
     if tied:  # all keys alike, queries that prefer none, and nothing told apart before

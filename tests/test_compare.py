@@ -148,7 +148,7 @@ def heard(monkeypatch):
 
 def test_a_budget_that_holds_everything_gives_the_answers_of_full(heard, monkeypatch):
     size = dataclasses.replace(SIZE, fractions=(1.0,), contexts=2, prose=2)
-    ample = {name: (lambda budget, tokens, row=row: row.make(budget + 100)) for name, row in POLICIES.items()}
+    ample = {name: (lambda to, row=row: row.make(to.budget + 100)) for name, row in POLICIES.items()}
     monkeypatch.setattr(compare, "AT_BUDGET", ample)
     monkeypatch.setattr(compare, "_measure_prefill", lambda *given: None)  # compiles a program for each method
     full, *others = compare.compare(tiny_model(), list(POLICIES), size)

@@ -149,7 +149,8 @@ def test_a_step_writes_in_place_and_copies_nothing_of_the_caches_size(row):
     # Methods that compress now and then gather what they compress: 2.6 layers, of SmolLM2's cache 8 %.
     memory, size = compiled_step(row.make(512), config, batch=2, slots=512)
     assert memory.alias_size_in_bytes == size
-    assert memory.temp_size_in_bytes < (0.27 if row.slack else 0.1) * size
+    # kivi loads the keys and values of one layer, of which there are ten, and its cache is smaller than they are.
+    assert memory.temp_size_in_bytes < (0.27 if row.slack or row.make(512).form else 0.1) * size
 
 
 def counting(traces):

@@ -177,7 +177,7 @@ def test_bf16_gives_the_logits_of_f32_and_decodes(row):
     # bf16 has 8 bits; roundings of a few operations add up
     assert np.linalg.norm(logits - want) < 5e-2 * np.linalg.norm(want)
     out = kvjax.decode(narrow, policy, TOKENS, max_new_tokens=4)
-    assert {layer.k.dtype for layer in out.cache.layers} == {jnp.dtype(jnp.bfloat16)}
+    assert {layer.dtype for layer in out.cache.layers} == {jnp.dtype(jnp.bfloat16)}
     assert np.isfinite(out.logits).all()
 
 

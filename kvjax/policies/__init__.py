@@ -8,6 +8,7 @@ from kvjax.policies.ems import ems
 from kvjax.policies.full import full
 from kvjax.policies.h2o import h2o
 from kvjax.policies.keydiff import keydiff
+from kvjax.policies.kivi import kivi
 from kvjax.policies.kvmerger import kvmerger
 from kvjax.policies.mikv import mikv
 from kvjax.policies.random import random
@@ -25,6 +26,7 @@ __all__ = [
     "full",
     "h2o",
     "keydiff",
+    "kivi",
     "kvmerger",
     "mikv",
     "random",

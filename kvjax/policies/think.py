@@ -18,8 +18,8 @@ def think(channels: int, *, recent: int = 32, window: int = 32, tokens: Policy |
       channels: Channels of a key that stay, below head_dim. The paper prunes int(0.4 D): 39 of 64 stay, 77 of 128.
       recent: Newest tokens, whose keys are whole.
       window: Last queries of the prompt, which choose.
-      tokens: Another policy that evicts the older tokens, such as `h2o(budget=224, window=32)`; its budget and window
-        count those, and not the newest `recent`. None keeps them all.
+      tokens: Another policy that evicts the older tokens, such as `h2o(budget=224, window=32)`; its budget
+        counts those without the newest `recent`. None keeps them all.
 
     Source: the paper's published code, with one choice for the query heads of a group, which its authors found as good.
     Differs: a key that leaves the newest is pruned too, also while answering (the code lets the whole keys of an answer
