@@ -180,9 +180,20 @@ def view(
         with _working(f"reading {int(lengths[0])} tokens (the first call compiles)"):
             _, cache = kvjax.prefill(loaded.params, chosen, tokens, lengths=lengths, chunk=chunk)
             kept = viewing.kept(cache)
+            merged = viewing.merged(loaded.params, chosen, tokens) if chunk is None else None
         words = [loaded.tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens[0]]
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, viewing.page(words, kept, title=str(chosen), subtitle=f"{model}, {len(words)} tokens"))
+        write_whole(
+            out,
+            viewing.page(
+                words,
+                kept,
+                title=str(chosen),
+                subtitle=f"{model}, {len(words)} tokens",
+                reduced=viewing.reduced(cache),
+                merged=merged,
+            ),
+        )
         print(f"{out} written: {chosen} keeps {kept.mean():.1%} of {len(words)} tokens")
 
 

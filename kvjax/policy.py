@@ -103,11 +103,13 @@ class Form(NamedTuple):
       loaded: (stored LayerCache) -> the same with vectors.
       settled: (LayerCache after `update`, with vectors; the stored one before, which in a decode step is what `written`
         made, or None at the start; Seen) -> the layer to store.
+      rounded: (stored LayerCache) -> bool[B, H, N], the slots that do not hold what they were given.
     """
 
     written: Callable[..., LayerCache]
     loaded: Callable[[LayerCache], LayerCache]
     settled: Callable[[LayerCache, LayerCache | None, Seen | None], LayerCache]
+    rounded: Callable[[LayerCache], jax.Array]
 
 
 @jax.tree_util.register_static
@@ -176,6 +178,12 @@ class Policy:
         q = jnp.zeros((shape.batch, shape.kv_heads, 1, 1, shape.head_dim), shape.dtype)
         cache = self.fit(cache, cache.k, cache.v, cache.pos != FREE, q, jnp.full((shape.batch, 1), FREE))
         return self.stored(cache, *self.projected(cache.k, cache.v, cache.fitted))
+
+    def reduced(self, cache: LayerCache) -> jax.Array:
+        """The slots of this tier, bool[B, H, N], that hold a token in another form than it was given."""
+        if self.form is not None:
+            return self.form.rounded(cache) & (cache.pos != FREE)
+        return (cache.pos != FREE) & self.has_codecs
 
     @property
     def has_codecs(self) -> bool:

@@ -51,6 +51,7 @@ def test_kept_are_the_positions_in_the_slots_of_row_0():
         SimpleNamespace(pos=np.array([[[4, -1, 0], [1, 2, -1]], [[3, 3, 3], [3, 3, 3]]])),
         SimpleNamespace(pos=np.array([[[-1, -1, -1, -1], [0, 4, 3, 2]], [[3, 3, 3, 3], [3, 3, 3, 3]]])),
     )
+    layers = [SimpleNamespace(tiers=(layer,)) for layer in layers]
     cache = SimpleNamespace(layers=layers, length=np.array([5, 9]), config=SimpleNamespace(kv_heads=2))
     expected = [[[1, 0, 0, 0, 1], [0, 1, 1, 0, 0]], [[0, 0, 0, 0, 0], [1, 0, 1, 1, 1]]]
     np.testing.assert_array_equal(view.kept(cache), np.array(expected, bool))
@@ -61,6 +62,42 @@ def test_kept_of_a_prompt_counts_what_the_policy_keeps():
     _, cache = kvjax.prefill(random_params(), policy, jnp.arange(20)[None] % CONFIG.vocab)
     expected = np.isin(np.arange(20), [0, 1, 16, 17, 18, 19])
     np.testing.assert_array_equal(view.kept(cache), np.broadcast_to(expected, (CONFIG.layers, CONFIG.kv_heads, 20)))
+
+
+def test_reduced_are_the_tokens_of_the_lower_tier_and_what_a_form_has_rounded():
+    params, tokens = random_params(), jnp.arange(20)[None] % CONFIG.vocab
+    _, cache = kvjax.prefill(params, kvjax.policies.mikv(0.5, low_bits=4, group=4), tokens)
+    reduced = view.reduced(cache)
+    assert view.kept(cache).all()
+    for i, layer in enumerate(cache.layers):
+        for head in range(CONFIG.kv_heads):
+            low = [p for p in np.asarray(layer.low.pos)[0, head] if p >= 0]
+            assert np.flatnonzero(reduced[i, head]).tolist() == sorted(low)
+    _, cache = kvjax.prefill(params, kvjax.policies.kivi(4, group=4, residual=8), tokens)
+    np.testing.assert_array_equal(view.reduced(cache)[0, 0], np.arange(20) < 12)
+    _, cache = kvjax.prefill(params, kvjax.policies.tova(8), tokens)
+    assert not view.reduced(cache).any()
+
+
+def test_merged_are_the_nearest_anchors_where_elastic_cache_folds():
+    params, tokens = random_params(), jnp.arange(20)[None] % CONFIG.vocab
+    policy = kvjax.policies.elastic_cache(0.6, sinks=1, last=1)
+    _, cache = kvjax.prefill(params, policy, tokens)
+    kept, merged = view.kept(cache), view.merged(params, policy, tokens)
+    anchors = np.flatnonzero(kept[0, 0])[1:-1]
+    for lost in np.flatnonzero(~kept[0, 0]):
+        assert merged[0, 0, lost] == min(anchors, key=lambda anchor: (abs(anchor - lost), anchor))
+    assert (merged[kept] == -1).all()
+
+
+def test_nothing_is_merged_by_methods_that_only_drop():
+    params, tokens = random_params(), jnp.arange(20)[None] % CONFIG.vocab
+    for policy in (
+        kvjax.policies.tova(8),
+        kvjax.policies.mikv(0.5, group=4),
+        kvjax.policies.kivi(4, group=4, residual=8),
+    ):
+        assert view.merged(params, policy, tokens) is None
 
 
 # ---- page ----

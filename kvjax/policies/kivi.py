@@ -71,14 +71,18 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
             cache, k=k, v=mixed(codec.load(cache.v), cache.carry["v"], cache.carry["rounded_values"])
         )
 
+    def rounded(cache: LayerCache) -> jax.Array:
+        old = jnp.arange(cache.slots) < cache.carry["rounded_values"][:, None]
+        return jnp.broadcast_to(old[:, None], cache.pos.shape)
+
     def settled(cache: LayerCache, before: LayerCache | None, seen: Seen | None) -> LayerCache:
         tokens = (cache.pos != FREE).sum(axis=-1)[:, 0]
-        rounded = {
+        now_rounded = {
             "rounded_keys": tokens // residual * residual,
             "rounded_values": jnp.maximum(tokens - residual, 0),
         }
         if before is not None and seen.positions.shape[1] == 1:
-            return flushed(before, rounded, seen)
+            return flushed(before, now_rounded, seen)
 
         def ring(x, size):  # where token p lies at p % size, the newest of them
             newest = (tokens - 1)[:, None] - (tokens[:, None] - 1 - jnp.arange(size)) % size
@@ -88,14 +92,14 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
             old = jnp.pad(old, [(0, 0), (0, 0), (0, new.shape[2] - old.shape[2]), (0, 0)])
             return jnp.where((jnp.arange(new.shape[2]) < first[:, None])[:, None, :, None], old, new)
 
-        carry = {"k": ring(cache.k, residual), "v": ring(cache.v, residual + 1)} | rounded
+        carry = {"k": ring(cache.k, residual), "v": ring(cache.v, residual + 1)} | now_rounded
         k, v = channels.store(cache.k), codec.store(cache.v)
         if before is not None:
             k = jax.tree.map(functools.partial(old_or_new, first=before.carry["rounded_keys"]), before.k, k)
             v = jax.tree.map(functools.partial(old_or_new, first=before.carry["rounded_values"]), before.v, v)
         return dataclasses.replace(cache, k=k, v=v, carry=carry)
 
-    def flushed(cache: LayerCache, rounded, seen) -> LayerCache:
+    def flushed(cache: LayerCache, now_rounded, seen) -> LayerCache:
         """After a decode step: the keys, if there is a full block of them, and the oldest whole value."""
         carry, heads = cache.carry, cache.pos.shape[1]
 
@@ -105,16 +109,16 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
             slot = seen.done(jnp.broadcast_to(slot[:, None], (slot.shape[0], heads, count)))
             return jax.tree.map(lambda leaf, new: put(leaf, slot, new), tree, rows)
 
-        old, new = carry["rounded_keys"], rounded["rounded_keys"]
+        old, new = carry["rounded_keys"], now_rounded["rounded_keys"]
         k = jax.lax.cond(
             (new > old).any(),
             lambda k: write_rows(k, channels.store(carry["k"]), old, new),
             lambda k: k,
             cache.k,
         )
-        old, new = carry["rounded_values"], rounded["rounded_values"]
+        old, new = carry["rounded_values"], now_rounded["rounded_values"]
         oldest = jnp.broadcast_to((old % (residual + 1))[:, None, None], (len(old), heads, 1))
         v = write_rows(cache.v, codec.store(at(carry["v"], oldest)), old, new)
-        return dataclasses.replace(cache, k=k, v=v, carry=carry | rounded)
+        return dataclasses.replace(cache, k=k, v=v, carry=carry | now_rounded)
 
-    return Policy("kivi", None, frozenset(), init, update, form=Form(written, loaded, settled))
+    return Policy("kivi", None, frozenset(), init, update, form=Form(written, loaded, settled, rounded))
