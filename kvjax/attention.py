@@ -443,9 +443,10 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
         least = max(slots, count)
     if capacity is not None and capacity < least:
         raise ValueError(f"attend: capacity={capacity} is too small for {policy.name}, which needs {least} slots here.")
-    for codec in (policy.keys, policy.values):
-        if codec is not None:
-            codec.check(head_dim)
+    for tier in (policy, policy.low):
+        for codec in () if tier is None else (tier.keys, tier.values):
+            if codec is not None:
+                codec.check(head_dim)
     if cache is None:
         return
     if cache.made_by is not policy:

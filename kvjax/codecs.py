@@ -32,6 +32,7 @@ class Codec(NamedTuple):
       load: that tree -> f32[B, H, N, D'].
       check: (head_dim) -> None; refuses what does not fit.
       group: Channels that share a step, in codecs that round.
+      narrows: Whether project leaves fewer channels.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Codec(NamedTuple):
     load: Callable[[Any], jax.Array]
     check: Callable[[int], None]
     group: int | None = None
+    narrows: bool = False
 
 
 def _nothing(*_):
@@ -195,7 +197,7 @@ def prune_channels(keep: int, *, window: int = 32) -> Codec:
     def query(q, channels):
         return jnp.take_along_axis(q, channels[:, :, None, None], axis=-1)
 
-    return Codec(f"{keep} channels", fit, project, query, lambda x: x, lambda x: x, check)
+    return Codec(f"{keep} channels", fit, project, query, lambda x: x, lambda x: x, check, narrows=True)
 
 
 @functools.cache  # the same object for the same settings, so that nothing is compiled twice
@@ -261,4 +263,5 @@ def pipe(first: Codec, then: Codec) -> Codec:
         then.load,
         check,
         then.group,
+        first.narrows or then.narrows,
     )

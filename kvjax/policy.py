@@ -363,6 +363,10 @@ def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = N
         raise ValueError(f"store: {policy.name} is made of a policy for each layer; store those.")
     if policy.has_codecs:
         raise ValueError(f"store: {policy.name} already has codecs; join them with codecs.pipe.")
+    if policy.low is not None and keys is not None and keys.narrows:
+        raise ValueError(
+            f"store: {policy.name} has a lower tier, which takes keys of full width; give {keys.name} to that one."
+        )
     if policy.form is not None:
         raise ValueError(f"store: {policy.name} has a form of its own, which no codec can read.")
     if keys is None and values is None:

@@ -11,7 +11,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path for folder in ("kvjax", "pallas_kernels", "train") for path in (ROOT / folder).rglob("*.py"))
 LAYERS = [
     ["pallas_kernels"],
-    ["counts", "cache", "codecs", "draws", "policy", "scorers", "selects", "folds", "attention", "models.rope"],
+    [
+        "counts",
+        "cache",
+        "codecs",
+        "draws",
+        "policy",
+        "scorers",
+        "selects",
+        "folds",
+        "tiers",
+        "attention",
+        "models.rope",
+    ],
     ["policies"],
     ["models", "heads", "checks", "sampling", "report", "decoding"],
     ["plans", "serve", "tasks", "files", "tables", "compare", "view", "cli"],

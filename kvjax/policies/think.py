@@ -21,6 +21,11 @@ def think(channels: int, *, recent: int = 32, window: int = 32, tokens: Policy |
       tokens: Another policy that evicts the older tokens, such as `h2o(budget=224, window=32)`; its budget
         counts those without the newest `recent`. None keeps them all.
 
+    SmolLM2, whose heads have 64 channels, has fewer to spare than the paper's models with 128: 48 channels lose nothing
+    (KL 0.01 nats, all facts), but at 39, 40 % pruned, the KL is 0.04 and half of the facts that the full cache finds
+    are lost. To ask all queries of the prompt, and not the last 32, changes nothing in that; whole keys for the newest
+    256 of 1000 tokens mend half of it.
+
     Source: the paper's published code, with one choice for the query heads of a group, which its authors found as good.
     Differs: a key that leaves the newest is pruned too, also while answering (the code lets the whole keys of an answer
     pile up). The last queries choose, so a cache is not for another question; a prompt cannot be read in chunks.
