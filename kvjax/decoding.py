@@ -105,8 +105,8 @@ def prefill(
         own.capacity(count + room) if layer is None else own.capacity_after(layer, count + room, seen)
         for own, layer in zip(policies, layers, strict=True)
     ]
-    if seen == 0 and chunk == count:  # the slots of an empty cache are free: this is a first call, and exact
-        layers = [None] * len(layers)
+    if seen == 0 and chunk == count:  # an empty cache is where a prompt starts, which such policies must see whole
+        layers = [None if own.stepwise == "turns" else layer for own, layer in zip(policies, layers, strict=True)]
     for own in set(policies):
         if chunk < count and not seen and own.stepwise == "turns":
             raise ValueError(f"prefill: {own.name} must see a prompt whole; leave out chunk={chunk}.")
