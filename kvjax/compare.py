@@ -64,6 +64,9 @@ AT_BUDGET: dict[str, Callable[[Target], Policy | None]] = {  # None where a meth
     "ems": lambda to: policies.ems(to.budget + 1 - _few(to.budget), window=_few(to.budget)),
     "kvmerger": lambda to: _kvmerger(to.budget + 1 - _few(to.budget), _few(to.budget), to.budget / to.tokens),
     "elastic_cache": lambda to: policies.elastic_cache(1 - to.budget / to.tokens),
+    "expected_attention": lambda to: policies.expected_attention(
+        to.budget, window=min(64, to.budget // 2), sinks=min(4, to.budget // 4)
+    ),
     "think": lambda to: _think(to),
     "mikv": lambda to: _mikv(to),
     "kivi": lambda to: _kivi(to),

@@ -16,6 +16,7 @@ from tests.oracles import (
     d2o,
     elastic_cache,
     ems,
+    expected_attention,
     full,
     h2o,
     keydiff,
@@ -139,6 +140,12 @@ POLICIES = {
         window=3,
         slack=2,
         folds=True,
+    ),
+    "expected_attention": Row(
+        lambda budget: policies.expected_attention(budget, window=3, sinks=2),
+        lambda budget, **kw: expected_attention.run(budget=budget, window=3, sinks=2, **kw),
+        sinks=2,
+        window=3,
     ),
     "think": Row(
         lambda budget: policies.think(4, recent=budget, window=3),

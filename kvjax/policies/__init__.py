@@ -5,6 +5,7 @@ from kvjax.policies.compactor import compactor
 from kvjax.policies.d2o import d2o
 from kvjax.policies.elastic_cache import elastic_cache
 from kvjax.policies.ems import ems
+from kvjax.policies.expected_attention import expected_attention
 from kvjax.policies.full import full
 from kvjax.policies.h2o import h2o
 from kvjax.policies.keydiff import keydiff
@@ -23,6 +24,7 @@ __all__ = [
     "d2o",
     "elastic_cache",
     "ems",
+    "expected_attention",
     "full",
     "h2o",
     "keydiff",
