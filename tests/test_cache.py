@@ -90,6 +90,34 @@ def test_an_occupied_slot_holds_the_token_of_its_position(row, seed):
         assert all(max(kept_positions(cache, b)[0]) < seen[b] for b in range(B))
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@every_method
+def test_what_is_no_number_in_one_row_stays_there(row, which, wrong):
+    policy = row.make(BUDGET)
+
+    def cache_after(spoiled):
+        rng, cache, start = np.random.default_rng(1), None, np.zeros(B, np.int32)
+        for count in (PROMPT, 1, 1):
+            positions = jnp.asarray(start[:, None] + np.arange(count, dtype=np.int32))
+            parts = dict(zip("qkv", streams(rng, count), strict=True))
+            if spoiled and count == PROMPT:
+                parts[which] = parts[which].at[1, 3].set(wrong)
+            out, cache = call(policy, cache, *parts.values(), positions)
+            start += count
+        return out, cache
+
+    (want, clean), (got, spoiled) = cache_after(False), cache_after(True)
+    assert_array_equal(got[0], want[0])
+    mine = [
+        jax.tree.map(lambda leaf: leaf[0], tier.slot_aligned()) for cache in (spoiled, clean) for tier in cache.tiers
+    ]
+    jax.tree.map(assert_array_equal, mine[: len(mine) // 2], mine[len(mine) // 2 :])
+    for positions in kept_positions(spoiled, 1):
+        assert len(set(positions)) == len(positions) and set(positions) <= set(range(PROMPT + 2))
+        assert policy.budget is None or len(positions) <= policy.budget
+
+
 @functools.cache
 def some_cache(policy):
     """A cache after a few calls, with a free slot in each row, and what each row has seen."""
