@@ -8,6 +8,7 @@ import pathlib
 # Most of the tests' time is LLVM's: without its optimisations programs run slower, but compile twice as fast.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests compile for TPUs, and must not look for one
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
