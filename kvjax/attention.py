@@ -43,6 +43,7 @@ def attend(
     sliding_window: int | None = None,
     capacity: int | None = None,
     layer: int | jax.Array = 0,
+    given: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """Attention of one layer over its cache and this call's tokens, then the policy's eviction.
 
@@ -64,35 +65,31 @@ def attend(
         what the policy needs, which for a policy that keeps every token is one slot for each token so far: leave it
         room there if single tokens are to follow.
       layer: Index of the layer, for policies that draw at random.
+      given: What is known of this call's tokens beforehand, such as the scores of a trained head: {name of a statistic
+        of the policy: [B, T], or [B, H, T] where heads differ}. The statistics of tokens start there, and at 0 without.
 
     Returns:
       The output [B, T, Hq, D] (0 for padding), and the layer's new cache. Where a policy that keeps every token has no
       free slot for a single one, its output is nan: under jit there is no other way to say so.
 
     Raises:
-      ValueError: If the shapes do not fit together; if the policy gives positions anew and there is no `rope`; or,
-        outside jit, if a policy that keeps every token has no free slot for a single one.
+      ValueError: If the shapes do not fit together; if the policy gives positions anew and there is no `rope`, or wants
+        to be given what is not; or, outside jit, if a policy that keeps every token has no free slot for a single one.
     """
     _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window)
+    q, k, v, positions = (jnp.asarray(x) for x in (q, k, v, positions))
     batch, count, q_heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    if count > 1 and (policy.stepwise == "always" or (policy.stepwise == "turns" and cache is not None)):
-        if cache is None:
-            cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
-        if capacity is None or (isinstance(capacity, int) and policy.low is not None):
-            capacity = policy.capacity_after(cache, count) if capacity is None else policy.capacity(capacity)
-        cache = resize(cache, capacity)
-
-        def step(cache, token):
-            one, their_angles = jax.tree.map(lambda x: x[:, None], token)
-            out, cache = attend(
-                *one[:3], cache, policy, positions=one[3], rope=rope, angles=their_angles, scale=scale,
-                sliding_window=sliding_window, layer=layer,
-            )  # fmt: skip
-            return cache, out[:, 0]
-
-        cache, out = jax.lax.scan(step, cache, jax.tree.map(lambda x: x.swapaxes(0, 1), ((q, k, v, positions), angles)))
-        return out.swapaxes(0, 1), cache
+    if cache is None:
+        cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
+    _check_given(policy, cache.stats, given or {}, (batch, count), kv_heads)
+    first = cache.slots == 0
+    if isinstance(capacity, int) and policy.low is not None:
+        capacity = policy.capacity(capacity)
+    if count > 1 and (policy.stepwise == "always" or (policy.stepwise == "turns" and not first)):
+        capacity = policy.capacity_after(cache, count) if capacity is None else capacity
+        settings = {"rope": rope, "scale": scale, "sliding_window": sliding_window, "layer": layer}
+        return _token_by_token(q, k, v, resize(cache, capacity), policy, positions, angles, given, settings)
 
     q = q.reshape(batch, count, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, H, G, T, D]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, H, T, D]
@@ -100,88 +97,118 @@ def attend(
     if rope is not None and policy.ranks is None:
         cos, sin = rope.angles(positions, head_dim) if angles is None else angles  # [B, T, D / 2]
         q, k = rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None])
+    given = {
+        name: jnp.broadcast_to(x.reshape(batch, -1, count), (batch, kv_heads, count)).astype(jnp.float32)
+        for name, x in (given or {}).items()
+    }
 
-    if cache is None:
-        cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
-    first, stored, lost, low = cache.slots == 0, None, None, None
-    if isinstance(capacity, int) and policy.low is not None:
-        capacity = policy.capacity(capacity)
+    low = lost = None
     if not first:
-        there = jnp.broadcast_to((positions != FREE)[:, None], k.shape[:3])
-        begins = (positions == 0).any(axis=1)[:, None, None, None]
-        if policy.has_codecs:
-            cache = policy.fit(cache, k, v, there, q, positions)
-            k, v = policy.projected(k, v, cache.fitted)
-            q = policy.asked(q, cache.fitted)
-        if policy.low is not None:
-            tier = cache.low
-            if policy.low.has_codecs:
-                tier = policy.low.fit(tier, k, v, there, q, positions)
-                cache = dataclasses.replace(cache, low=tier)
-            held = policy.low.loaded(tier)
-            low = policy.low.asked(q, tier.fitted), held.k, held.v, held.pos
+        cache, q, k, v, low = _fitted(cache, policy, q, k, v, positions)
     if count == 1 and not first:
-        unbounded = [tier for own, tier in zip((policy, policy.low), cache.tiers, strict=False) if own.budget is None]
-        if unbounded:
-            lost = sum((tier.pos != FREE).all(axis=-1) for tier in unbounded).astype(bool) & (positions >= 0)  # [B, H]
-            if not isinstance(lost, jax.core.Tracer) and lost.any():
-                raise ValueError(
-                    f"attend: all {cache.slots} slots of a row hold tokens, and {policy.name} frees none. Give the "
-                    f"call before this one capacity=, with room for the tokens to come."
-                )
-        capacity = cache.capacity
-        before = stored = policy.written(cache, k, v, positions[:, 0])
-        cache = policy.loaded(stored)
+        lost, capacity = _lost(cache, policy, positions), cache.capacity
+        stored = policy.written(cache, k, v, positions[:, 0], {name: x[:, :, 0] for name, x in given.items()})
+        held = policy.loaded(stored)
     else:
+        stored, held = cache, _extended(cache, policy, k, v, positions, given)
         if capacity is None:
             capacity = policy.capacity(count) if first else policy.capacity_after(cache, count)
-        if policy.has_codecs and not first:  # later tokens are read as they are stored
-            new = policy.loaded(policy.stored(cache, k, v))
-            k, v = jnp.where(begins, k, new.k), jnp.where(begins, v, new.v)
-        before = cache
-        cache = extend(cache if first else policy.loaded(cache), k, v, positions)
 
-    q_pos, k_pos, keys = positions[:, None, :], cache.pos, cache.k  # [B, 1, T], [B, H, N]
+    keys, k_pos, q_pos = held.k, held.pos, positions[:, None, :]  # [B, H, N, D], [B, H, N], [B, 1, T]
     if policy.ranks is not None:
-        # [B, H or 1, N]; XLA would compute and hold the angles of all layers at once, if they did not wait for q
-        ranks = policy.ranks(after(q, cache.pos))
-        cos, sin = rope.table(cache.slots, head_dim)
-        keys = rotate(keys, cos[ranks], sin[ranks])
-        q_pos = _own(ranks, cache.pos, positions)  # [B, H or 1, T]
-        cos, sin = cos[q_pos][:, :, None], sin[q_pos][:, :, None]  # [B, H or 1, 1, T, D / 2]
-        q = rotate(q, cos, sin)
-        k_pos = jnp.where(cache.pos == FREE, FREE, ranks)
-        q_pos = jnp.where(positions[:, None, :] < 0, FREE, q_pos)
-
+        q, keys, q_pos, k_pos = _renumbered(q, held, policy.ranks, positions, rope)
     scale = head_dim**-0.5 if scale is None else scale
     attended = attend_slots(
         q * scale,
         keys,
-        cache.v,
+        held.v,
         q_pos,
         k_pos,
         needs=policy.needs,
-        bias=None if policy.bias is None else policy.bias(cache),
+        bias=None if policy.bias is None else policy.bias(held),
         sliding_window=sliding_window,
         low=None if low is None else (low[0] * scale, *low[1:]),
     )
     if lost is not None:
         attended = attended._replace(out=jnp.where(lost[:, :, None, None, None], jnp.nan, attended.out))
     below = 0 if low is None else cache.low.slots
-    mass, their = (
-        {need: x[..., part] for need, x in attended.mass.items()} for part in (slice(below, None), slice(below))
-    )
-    seen = Seen(
-        positions, q, unrotated, attended.out, attended.lse, Masses(mass), None if low is None else Masses(their)
-    )
-    if first:
-        cache = policy.first(cache, seen, capacity)
-    elif policy.form is not None:
-        cache = policy.form.settled(policy.update(cache, seen, capacity), before, seen)
-    else:
-        cache = policy.settled(policy.update(cache, seen, capacity), cache, stored)
-    out = attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim)
-    return out, cache
+    mass = Masses({need: x[..., below:] for need, x in attended.mass.items()})
+    theirs = None if low is None else Masses({need: x[..., :below] for need, x in attended.mass.items()})
+    seen = Seen(positions, q, unrotated, attended.out, attended.lse, mass, theirs)
+    cache = policy.first(held, seen, capacity) if first else policy.later(held, stored, seen, capacity)
+    return attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim), cache
+
+
+def _token_by_token(q, k, v, cache, policy, positions, angles, given, settings):
+    """`attend` for what is read as decode steps."""
+
+    def step(cache, token):
+        (q, k, v, positions, angles), given = token
+        q, k, v, positions, angles = jax.tree.map(lambda x: x[:, None], (q, k, v, positions, angles))
+        given = jax.tree.map(lambda x: x[..., None], given)
+        out, cache = attend(q, k, v, cache, policy, positions=positions, angles=angles, given=given, **settings)
+        return cache, out[:, 0]
+
+    calls = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, positions, angles))
+    cache, out = jax.lax.scan(step, cache, (calls, jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), given)))
+    return out.swapaxes(0, 1), cache
+
+
+def _fitted(cache, policy, q, k, v, positions):
+    """The cache with what its codecs choose, q, k and v as they project them, and the tier below as attention reads it.
+
+    That tier is its queries, keys, values and positions; None without one.
+    """
+    there = jnp.broadcast_to((positions != FREE)[:, None], k.shape[:3])
+    if policy.has_codecs:
+        cache = policy.fit(cache, k, v, there, q, positions)
+        k, v = policy.projected(k, v, cache.fitted)
+        q = policy.asked(q, cache.fitted)
+    if policy.low is None:
+        return cache, q, k, v, None
+    tier = cache.low
+    if policy.low.has_codecs:
+        tier = policy.low.fit(tier, k, v, there, q, positions)
+        cache = dataclasses.replace(cache, low=tier)
+    held = policy.low.loaded(tier)
+    return cache, q, k, v, (policy.low.asked(q, tier.fitted), held.k, held.v, held.pos)
+
+
+def _lost(cache, policy, positions):
+    """bool[B, H], where a single token finds no slot, which is refused where it is known; None if that cannot be."""
+    unbounded = [tier for own, tier in zip((policy, policy.low), cache.tiers, strict=False) if own.budget is None]
+    if not unbounded:
+        return None
+    lost = sum((tier.pos != FREE).all(axis=-1) for tier in unbounded).astype(bool) & (positions >= 0)
+    if not isinstance(lost, jax.core.Tracer) and lost.any():
+        raise ValueError(
+            f"attend: all {cache.slots} slots of a row hold tokens, and {policy.name} frees none. Give the call before "
+            f"this one capacity=, with room for the tokens to come."
+        )
+    return lost
+
+
+def _extended(cache, policy, k, v, positions, given):
+    """The layer's vectors with those of this call behind them: as they came in a row's first call, later as stored."""
+    if cache.slots == 0:
+        return extend(cache, k, v, positions, given)
+    if policy.has_codecs:
+        begins = (positions == 0).any(axis=1)[:, None, None, None]
+        new = policy.loaded(policy.stored(cache, k, v))
+        k, v = jnp.where(begins, k, new.k), jnp.where(begins, v, new.v)
+    return extend(policy.loaded(cache), k, v, positions, given)
+
+
+def _renumbered(q, cache, ranks, positions, rope):
+    """q and the cache's keys rotated at the positions that the policy gives anew: q, keys, q_pos and k_pos."""
+    # [B, H or 1, N]; XLA would compute and hold the angles of all layers at once, if they did not wait for q
+    ranks = ranks(after(q, cache.pos))
+    cos, sin = rope.table(cache.slots, q.shape[-1])
+    keys = rotate(cache.k, cos[ranks], sin[ranks])
+    q_pos = _own(ranks, cache.pos, positions)  # [B, H or 1, T]
+    cos, sin = cos[q_pos][:, :, None], sin[q_pos][:, :, None]  # [B, H or 1, 1, T, D / 2]
+    k_pos = jnp.where(cache.pos == FREE, FREE, ranks)
+    return rotate(q, cos, sin), keys, jnp.where(positions[:, None, :] < 0, FREE, q_pos), k_pos
 
 
 def _own(ranks: jax.Array, pos: jax.Array, positions: jax.Array) -> jax.Array:
@@ -464,3 +491,16 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
             f"attend: the cache holds {cache.dtype} keys in [B, kv_heads, slots] = {list(cache.pos.shape)}, and k of "
             f"this call is {k.dtype}{list(k.shape)}. Was this cache made for another model, batch or dtype?"
         )
+
+
+def _check_given(policy, stats, given, shape, heads):
+    batch, count = shape
+    if missing := sorted(policy.given - given.keys()):
+        raise ValueError(f"attend: {policy.name} must be given {missing}, [B, T] or [B, kv_heads, T]: see given=.")
+    for name, x in given.items():
+        if name not in stats:
+            raise ValueError(f"attend: given[{name!r}] is no statistic of {policy.name}, which has {sorted(stats)}.")
+        if x.shape not in ((batch, count), (batch, heads, count)):
+            raise ValueError(
+                f"attend: given[{name!r}] has shape {x.shape}, and must be {(batch, count)} or {(batch, heads, count)}."
+            )

@@ -88,6 +88,16 @@ def check_ids(config: Config, tokens, lengths) -> None:
         )
 
 
+def check_given(policy: Policy, names, given, shape: tuple[int, int]) -> dict[str, jax.Array]:
+    """Arrays [B, T] under `names`, those of the statistics of the policy's layers."""
+    for name, x in given.items():
+        if name not in names:
+            raise ValueError(f"given[{name!r}] is no statistic of {policy.name}, which has {sorted(names)}.")
+        if np.shape(x) != shape:
+            raise ValueError(f"given[{name!r}] has shape {np.shape(x)}, and must be {shape}, as tokens are.")
+    return {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
+
+
 def check_context(config: Config, policy: Policy, start, lengths, chunk: int, room: int) -> None:
     """No position may lie beyond the model's context. Where positions are given anew, only what is in hand counts."""
     if not known(start, lengths):

@@ -19,6 +19,7 @@ from kvjax.checks import (
     as_array,
     check_cache,
     check_context,
+    check_given,
     check_ids,
     check_lengths,
     check_params,
@@ -61,6 +62,7 @@ def prefill(
     cache: Cache | None = None,
     chunk: int | None = None,
     room: int = 0,
+    given: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Reads tokens into a new cache, or into one that has seen an earlier part of the sequence.
 
@@ -73,6 +75,7 @@ def prefill(
       chunk: Reads this many tokens at a time, and evicts after each, so that no layer is ever at full length. The
         policy then chooses from less; None reads all at once and evicts at the end.
       room: Tokens to leave room for, for policies that keep every token (`full`); the others have their budget.
+      given: What is known of the tokens beforehand, {name of a statistic of the policy: [B, T]}; see `attend`.
 
     Returns:
       Logits f32[B, V] of each row's last token, and the cache.
@@ -99,6 +102,10 @@ def prefill(
 
     layers = [None] * len(params.blocks) if cache is None else list(cache.layers)
     policies = policy.of_layers(len(layers))
+    names = [()] * len(layers)  # of each layer's statistics, where some are given
+    if given:
+        names = [layer.stats for layer in jax.eval_shape(lambda: empty_cache(params, policy, batch)).layers]
+    given = check_given(policy, frozenset().union(*names), given or {}, (batch, count))
     seen = int(np.max(start)) if known(start) else None
 
     capacities = [
@@ -115,7 +122,7 @@ def prefill(
         if cache is None:
             layers = list(empty_cache(params, policy, batch, tokens=count + room).layers)
         layers = [_resize(layer, capacity) for layer, capacity in zip(layers, capacities, strict=True)]
-        tokens = jnp.pad(tokens, ((0, 0), (0, -count % chunk)))
+        tokens, given = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, -count % chunk))), (tokens, given))
 
     last = jnp.zeros((batch, params.config.width), params.embed.dtype)
     for at in range(0, count, chunk):
@@ -123,7 +130,10 @@ def prefill(
         positions = jnp.where(positions < lengths[:, None], start[:, None] + positions, FREE)
         x, angles = _embed(params, tokens[:, at : at + chunk], positions)
         for i, (block, own) in enumerate(zip(params.blocks, policies, strict=True)):
-            x, layers[i] = run_layer(block, x, layers[i], positions, angles, i, own, params.config, capacities[i])
+            theirs = {name: x[:, at : at + chunk] for name, x in given.items() if name in names[i]}
+            x, layers[i] = run_layer(
+                block, x, layers[i], positions, angles, i, own, params.config, capacities[i], theirs
+            )
         last = _keep_last(last, x, lengths - 1 - at)
     return _logits(params, last), Cache(tuple(layers), start + lengths, policy, params.config)
 
@@ -177,6 +187,7 @@ def _layer(
     policy: Policy,
     config: Config,
     capacity: Capacity,
+    given: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """One layer over this call's tokens: the new residual stream x [B, T, width] and the new slots."""
     q, k, v = llama.project(block, x, config)
@@ -192,6 +203,7 @@ def _layer(
         sliding_window=config.sliding_window,
         capacity=capacity,
         layer=layer,
+        given=given,
     )
     return llama.finish(block, x, attended, config), cache
 
@@ -230,6 +242,7 @@ def decode(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | int | None = None,
+    given: dict[str, jax.Array] | None = None,
     on_token: Callable[[np.ndarray], None] | None = None,
 ) -> Decoded:
     """Reads a prompt and answers it.
@@ -247,6 +260,7 @@ def decode(
       top_k: Only the `top_k` likeliest tokens can be drawn; None allows all.
       top_p: Only the likeliest tokens that together reach this probability can be drawn; None allows all.
       key: For drawing: a seed, a key, or one key a row. The same key gives the same tokens.
+      given: See `prefill`; the statistics of tokens that follow start at 0.
       on_token: Called with i32[B] for each token as it comes, -1 in rows that have stopped.
 
     Returns:
@@ -262,7 +276,9 @@ def decode(
     tokens = as_array("tokens", tokens)
     draw, stop = make_draw(temperature, top_k, top_p), check_stop(params.config, stop)
     keys = row_keys(key, check_tokens(tokens)[0])
-    logits, new_cache = prefill(params, policy, tokens, lengths=lengths, cache=cache, chunk=chunk, room=max_new_tokens)
+    logits, new_cache = prefill(
+        params, policy, tokens, lengths=lengths, cache=cache, chunk=chunk, room=max_new_tokens, given=given
+    )
     state = _State(new_cache, logits, jnp.ones(logits.shape[0], bool), keys)
 
     if not known(logits):  # under the caller's jit: one loop on the device

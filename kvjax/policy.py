@@ -86,6 +86,7 @@ class Scorer(NamedTuple):
       observe: (cache, seen) -> the new stats.
       score: (cache, seen) -> f32[B, H, N]; higher stays, +inf always.
       carry: (LayerShape) -> state of the layer that is not slot-aligned.
+      given: Those of its statistics that must be handed to attention with each token, such as a trained head's score.
     """
 
     needs: frozenset[Mass]
@@ -93,6 +94,7 @@ class Scorer(NamedTuple):
     observe: Callable[[LayerCache, Seen], dict[str, jax.Array]]
     score: Callable[[LayerCache, Seen], jax.Array]
     carry: Callable[[LayerShape], Any] = lambda shape: ()
+    given: frozenset[str] = frozenset()
 
 
 class Form(NamedTuple):
@@ -134,7 +136,9 @@ class Policy:
       values: How values are stored.
       stepwise: Which calls of several tokens are read token by token, as decode steps: "never"; "turns", all but a
         prompt; or "always".
-      bias: None, or (LayerCache) -> f32[B, H, N], added to the attention logits of each slot but the query's own.
+      bias: None, or (LayerCache) -> f32[B, H, N], added to the attention logits of each slot but the query's own; -inf
+        hides a slot, so that a statistic that is `given` can act before attention.
+      given: Statistics that must be handed to attention with each token; the others start at 0 unless they are given.
       scorer: By what slots are kept, in policies that `evict` made.
       choose: `update` without the scorer's `observe`, likewise.
       low: The policy of a cheaper tier, which takes the tokens that this one loses; None drops them.
@@ -148,6 +152,7 @@ class Policy:
     update: Callable[[LayerCache, Seen, int], LayerCache]
     ranks: Callable[[jax.Array], jax.Array] | None = None
     bias: Callable[[LayerCache], jax.Array] | None = None
+    given: frozenset[str] = frozenset()
     grow: Callable[[int], int] | None = None
     stepwise: str = "never"
     layers: tuple["Policy", ...] = ()
@@ -255,12 +260,19 @@ class Policy:
         v = v if self.values is None else self.values.store(v)
         return dataclasses.replace(cache, k=k, v=v)
 
-    def written(self, cache: LayerCache, k: jax.Array, v: jax.Array, position: jax.Array) -> LayerCache:
-        """The stored layer with one token more in each row, of projected k and v [B, H, 1, D]."""
+    def later(self, cache: LayerCache, stored: LayerCache, seen: Seen, capacity: Capacity) -> LayerCache:
+        """What is kept after a call that is not the first; `cache` was loaded from `stored`, and extended if T > 1."""
+        updated = self.update(cache, seen, capacity)
+        if self.form is not None:
+            return self.form.settled(updated, stored, seen)
+        return self.settled(updated, cache, stored if seen.positions.shape[1] == 1 else None)
+
+    def written(self, cache: LayerCache, k, v, position: jax.Array, stats: dict | None = None) -> LayerCache:
+        """The stored layer with one token more in each row, of projected k and v [B, H, 1, D]; stats f32[B, H]."""
         if self.form is not None:
             return self.form.written(cache, k, v, position)
         new = self.stored(cache, k, v)
-        return write(cache, *jax.tree.map(lambda leaf: leaf[:, :, 0], (new.k, new.v)), position)
+        return write(cache, *jax.tree.map(lambda leaf: leaf[:, :, 0], (new.k, new.v)), position, stats)
 
     def loaded(self, cache: LayerCache) -> LayerCache:
         """The layer with projected keys and values as vectors."""
@@ -294,7 +306,9 @@ class Policy:
             return own, self.low.capacity_after(cache.low, more, seen)
         if seen is not None:
             return max(self.capacity(seen + more), cache.slots)
-        return cache.slots + more if self.budget is None else self.capacity(more)
+        if self.budget is not None:
+            return self.capacity(more)
+        return min(cache.slots + more, self.capacity(2**31))  # some that grow do so up to a bound
 
     def __repr__(self) -> str:
         return self.name
@@ -345,8 +359,9 @@ def evict(
         return choose(dataclasses.replace(cache, stats=scorer.observe(cache, seen)), seen, capacity)
 
     return Policy(
-        "evict", budget, scorer.needs, init, update, ranks, bias, grow, stepwise, scorer=scorer, choose=choose
-    )
+        "evict", budget, scorer.needs, init, update, ranks, bias, scorer.given, grow, stepwise,
+        scorer=scorer, choose=choose,
+    )  # fmt: skip
 
 
 def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = None) -> Policy:

@@ -35,6 +35,11 @@ def attention_mass() -> Scorer:
     return Scorer(frozenset({Mass()}), {"mass": ()}, observe, lambda cache, seen: cache.stats["mass"])
 
 
+def given(name: str) -> Scorer:
+    """A score that each token brings along, such as a trained head's: `attend(..., given={name: f32[B, H, T]})`."""
+    return Scorer(frozenset(), {name: ()}, keep_stats, lambda cache, seen: cache.stats[name], given=frozenset({name}))
+
+
 def protect(scorer: Scorer, *, sinks: int = 0, window: int = 0) -> Scorer:
     """Another scorer, under which the first `sinks` positions and the newest `window` tokens always stay."""
 

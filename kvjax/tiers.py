@@ -68,7 +68,12 @@ def _both(upper: Scorer, lower: Scorer) -> Scorer:
         below = lower.observe(cache, seen)
         return upper.observe(cache, seen) | {name: below[name] for name in lower.stats}
 
-    return upper._replace(needs=upper.needs | lower.needs, stats=upper.stats | lower.stats, observe=observe)
+    return upper._replace(
+        needs=upper.needs | lower.needs,
+        stats=upper.stats | lower.stats,
+        observe=observe,
+        given=upper.given | lower.given,
+    )
 
 
 def _move(low: Policy, cache: LayerCache, kept: jax.Array, seen: Seen, count: int) -> LayerCache:

@@ -35,6 +35,45 @@ def test_nothing_pruned_is_the_full_cache():
     assert_allclose(got.logits, want.logits, atol=1e-4)
 
 
+def test_marked_tokens_stay_as_they_are_and_only_others_are_merged():
+    q, k, v, positions = prompt_of(12)
+    text = np.isin(np.arange(12), (1, 4, 5, 9))
+    given = {"permanent": np.broadcast_to(text, (1, 12)).astype(np.float32)}
+    _, cache = kvjax.attend(q, k, v, None, HALF, positions=positions, given=given, capacity=20)
+    assert {*np.flatnonzero(text), 0, 11} == set(kept_positions(cache, 0)[0])  # 6 of 12 stay, and none is left to join
+    for slot, pos in enumerate(np.asarray(cache.pos)[0, 0]):
+        if pos >= 0:
+            assert_array_equal(cache.k[0, 0, slot], k[0, pos, 0])
+
+    given = {"permanent": given["permanent"] * (np.arange(12) < 5)}  # 0, 1, 4, 11 stay, and 2 anchors take in 6 others
+    _, cache = kvjax.attend(q, k, v, None, HALF, positions=positions, given=given, capacity=20)
+    kept = kept_positions(cache, 0)[0]
+    assert len(kept) == 6 and {0, 1, 4, 11} < set(kept)
+    anchors = sorted(set(kept) - {0, 1, 4, 11})
+    others = [p for p in range(12) if p not in (0, 1, 4, 11)]
+    near = [min(anchors, key=lambda a, p=p: (abs(a - p), a)) for p in others]
+    for anchor in anchors:
+        want = np.mean([k[0, p, 0] for p, a in zip(others, near, strict=True) if a == anchor], axis=0)
+        assert_allclose(cache.k[0, 0, int(np.argmax(cache.pos[0, 0] == anchor))], want, atol=1e-6)
+
+
+def test_marks_are_for_the_model_too_and_more_of_them_than_the_share_are_let_go():
+    mask = np.ones((3, 24), np.float32)
+    _, marked = kvjax.prefill(PARAMS, HALF, TOKENS, given={"permanent": mask})
+    _, plain = kvjax.prefill(PARAMS, HALF, TOKENS)
+    assert [kept_positions(layer, 1) for layer in marked.layers] == [kept_positions(layer, 1) for layer in plain.layers]
+    with pytest.raises(ValueError, match="'visual'.*no statistic of elastic_cache.*'permanent'"):
+        kvjax.prefill(PARAMS, HALF, TOKENS, given={"visual": mask})
+    with pytest.raises(ValueError, match="shape .3, 5., and must be .3, 24."):
+        kvjax.prefill(PARAMS, HALF, TOKENS, given={"permanent": mask[:, :5]})
+
+
+def prompt_of(count):
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((1, count, heads, 8), dtype=np.float32) for heads in (4, 2, 2))
+    return q, k, v, np.arange(count)[None]
+
+
 def test_a_later_turn_is_as_many_steps():
     _, cache = kvjax.prefill(PARAMS, HALF, TOKENS, room=8)
     want, turn = kvjax.prefill(PARAMS, HALF, random_tokens(3, 5, seed=1), cache=cache)

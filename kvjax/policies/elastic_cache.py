@@ -30,7 +30,9 @@ def elastic_cache(pruned: float = 0.5, *, sinks: int = 1, last: int = 1, distanc
 
     Source: paper and code, and the paper where the code's selection has errors. Differs: tokens keep their true
     positions (the code numbers new ones by the length of the cache); a later turn is read token by token; a prompt
-    cannot be read in chunks, since its length decides what is kept. Nothing in it looks at what is image and what text.
+    cannot be read in chunks, since its length decides what is kept. Nothing in the paper looks at what is image and
+    what text. Here tokens can be marked, `prefill(..., given={"permanent": mask})` with 1.0 for text: those of the
+    prompt stay as they are as long as there are others to go, and only others are merged.
     """
     if not 0 <= pruned < 1:
         raise ValueError(f"elastic_cache: pruned={pruned} must be at least 0 and below 1; it is the share that goes.")
@@ -65,9 +67,13 @@ def elastic_cache(pruned: float = 0.5, *, sinks: int = 1, last: int = 1, distanc
         first = jnp.minimum(sinks, stay)
         final = jnp.minimum(last, stay - first)
         protected = (cache.pos < first) | (cache.pos >= length - final)
+        marked = cache.stats["permanent"] > 0
         mass = seen.mass[Mass()].mean(axis=1, keepdims=True)
-        score = jnp.where(occupied, jnp.where(protected, jnp.inf, mass), -jnp.inf)
-        kept = occupied & (jnp.argsort(ranked(score, cache.pos), axis=-1) < stay)
+        best_first = ranked(jnp.where(occupied, mass, -jnp.inf), cache.pos)
+        rights = jnp.where(occupied, jnp.where(protected, 0, jnp.where(marked, 1, 2)), 3)
+        best_first = at(best_first, jnp.argsort(at(rights, best_first), axis=-1, stable=True))
+        kept = occupied & (jnp.argsort(best_first, axis=-1) < stay)
+        protected |= kept & marked
 
         # Each of the others joins the nearest anchor, the left one of two.
         order = first_slots(cache.pos, occupied, slots)
