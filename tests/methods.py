@@ -243,6 +243,10 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget: policies.mikv(0.2, low_bits=2, group=4, heavy=0.0, balanced=False),
         lambda budget, **kw: mikv.run(ratio=0.2, low_bits=2, group=4, heavy_share=0.0, balance=False, **kw),
     ),
+    "mikv(mean)": Row(
+        lambda budget: policies.mikv(0.4, low_bits=4, group=4, mass="mean"),
+        lambda budget, **kw: mikv.run(ratio=0.4, low_bits=4, group=4, mean=True, **kw),
+    ),
     "elastic_cache": Row(
         lambda budget: policies.elastic_cache(0.5, distance=3),
         lambda budget, **kw: elastic_cache.run(r=0.5, distance=3, **kw),

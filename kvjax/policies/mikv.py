@@ -19,6 +19,7 @@ def mikv(
     group: int = 32,
     balanced: bool = True,
     heavy: float = 0.5,
+    mass: str = "sum",
 ) -> Policy:
     """Keeps the most attended and the newest tokens as they are, and all others at a few bits.
 
@@ -35,6 +36,8 @@ def mikv(
       balanced: Scales the channels of low keys by the prompt's largest queries and keys; always those of both tiers
         where the upper one is rounded too.
       heavy: Share of the high tier that is there for its attention; the rest is the newest.
+      mass: "sum" of the attention received so far, which favours early tokens, or its "mean" over the queries that saw
+        the token (ZipCache, arXiv:2405.14256).
 
     Source: other works that quote the paper's equations; neither its text nor code was to be had. The split of the high
     tier, the timing and the rounding of steps are ours. A token that is rounded in both tiers is rounded twice. What a
@@ -46,6 +49,8 @@ def mikv(
         raise ValueError(
             f"mikv: high_bits={high_bits} must be 2, 3, 4, 8 or 16, and no fewer than low_bits={low_bits}."
         )
+    if mass not in ("sum", "mean"):
+        raise ValueError(f"mikv: mass={mass!r} must be 'sum' or 'mean'.")
     share, newest = (Fraction(x).limit_denominator(1000) for x in (ratio, 1 - heavy))
     scale = [balance()] if balanced else []
     low = evict(recency(), budget=None, grow=lambda n: n - high_tier(n) + 1)
@@ -63,7 +68,10 @@ def mikv(
     def score(cache, seen):
         seen_so_far = seen.now + 1
         recent = newest.numerator * high_tier(seen_so_far) // newest.denominator
-        return jnp.where(cache.pos >= (seen_so_far - recent)[:, None, None], jnp.inf, cache.stats["mass"])
+        received = cache.stats["mass"]
+        if mass == "mean":
+            received = received / jnp.maximum(seen_so_far[:, None, None] - cache.pos, 1)
+        return jnp.where(cache.pos >= (seen_so_far - recent)[:, None, None], jnp.inf, received)
 
     policy = demote(attention_mass()._replace(score=score), low, limit=limit, grow=lambda n: high_tier(n) + 1)
     if coded:

@@ -43,8 +43,8 @@ def coded(token: common.Token, bits: int, group: int, bal: np.ndarray) -> common
 class Head:
     """One kv head; queries and keys come rotated."""
 
-    def __init__(self, ratio, low_bits, high_bits, group, balance, heavy_share, twice):
-        self.ratio, self.heavy_share = ratio, heavy_share
+    def __init__(self, ratio, low_bits, high_bits, group, balance, heavy_share, twice, mean):
+        self.ratio, self.heavy_share, self.mean = ratio, heavy_share, mean
         self.low_bits, self.high_bits, self.group = low_bits, high_bits, group
         self.balance, self.twice = balance, twice
         self.bal: np.ndarray | None = None
@@ -66,14 +66,15 @@ class Head:
 
         t = len(self.exact)
         n_hi, n_rec = tier_sizes(t, self.ratio, self.heavy_share)
+        worth = {p: m / (t - p if self.mean else 1) for p, m in self.mass.items()}  # t - p queries have seen token p
         if prompt:
             self.bal = balancer(q, k) if self.balance else np.ones(k.shape[1])
-            self.high = first_high(self.mass, n_hi, n_rec)
+            self.high = first_high(worth, n_hi, n_rec)
             for p in new:
                 self.held[p] = self.encode(p, self.high_bits if p in self.high else self.low_bits)
         else:
             entered = [*self.high, *new]
-            self.high = demote(entered, self.mass, t, n_hi, n_rec)
+            self.high = demote(entered, worth, t, n_hi, n_rec)
             for p in entered:
                 if p not in self.high:
                     self.held[p] = self.encode(p, self.low_bits, again=self.twice)
@@ -107,10 +108,12 @@ def run(
     balance: bool = True,
     heavy_share: float = 0.5,
     twice: bool = False,
+    mean: bool = False,
 ) -> list[common.Call]:
     """`kept` is the high tier; `scores` is the mass of every token; `held` is every token.
 
     A demoted token is rounded from the original, or with `twice` from its high-tier codes (16 bits: no difference).
+    With `mean`, tokens are important by their mass over the number of queries that have seen them.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     n, kv_heads, dim = k.shape
@@ -120,7 +123,7 @@ def run(
         raise ValueError(f"ratio and heavy_share are fractions, got {ratio} and {heavy_share}")
     q, k = (np.array([[common.rope(x, p, base) for x in row] for p, row in enumerate(rows)]) for rows in (q, k))
     q = q.reshape(n, kv_heads, -1, dim)
-    heads = [Head(ratio, low_bits, high_bits, group or dim // 2, balance, heavy_share, twice) for _ in range(kv_heads)]
+    heads = [Head(ratio, low_bits, high_bits, group or dim // 2, balance, heavy_share, twice, mean) for _ in range(kv_heads)]
     results = []
     start = 0
     for c in calls:
