@@ -10,71 +10,19 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import kvjax
+from benchmarks.common import RESULTS, Stepper, in_turns, machine, timed
 from benchmarks.rivals import Rivals
 from kvjax import decoding, policies, tasks
 
 LENGTH, BUDGET, ROWS, NEW = 2048, 256, 8, 32
-RESULTS = Path(__file__).parent / "results"
-
-
-def in_turns(runs: int, **contenders) -> dict[str, float]:
-    """Median of the seconds that each of `contenders` returns, called in turns after one round that is not counted."""
-    seconds = {name: [] for name in contenders}
-    for i in range(runs + 1):
-        for name, run in contenders.items():
-            taken = run()
-            if i:
-                seconds[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
-
-
-def timed(run) -> float:
-    """Seconds until what `run` returns is there."""
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
-
-
-class Stepper:
-    """A compiled decode step over a prefilled cache, called again and again."""
-
-    def __init__(self, params, policy, tokens, rows):
-        self.params, self.policy = params, policy
-        logits, cache = kvjax.prefill(params, policy, tokens, room=64)
-        cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0) if leaf.ndim else leaf, cache)
-        self.token = jnp.repeat(jnp.argmax(logits, -1).astype(jnp.int32), rows)
-        self.cache_bytes = kvjax.nbytes(cache)
-        step = jax.jit(kvjax.step, donate_argnames="cache")
-        self.program = step.lower(params, policy, self.token, cache).compile()
-        self.cache = cache
-
-    def __call__(self) -> float:
-        """Seconds of one step."""
-        start = time.perf_counter()
-        logits, self.cache = self.program(self.params, self.policy, self.token, self.cache)
-        self.token = jnp.argmax(logits, -1).astype(jnp.int32).block_until_ready()
-        return time.perf_counter() - start
-
-    def memory(self) -> dict[str, float]:
-        """Temporaries and aliased bytes of the compiled step, of the cache's bytes."""
-        memory = self.program.memory_analysis()
-        return {
-            "temporaries / cache": memory.temp_size_in_bytes / self.cache_bytes,
-            "aliased / cache": memory.alias_size_in_bytes / self.cache_bytes,
-        }
 
 
 def live_slots(params, policy, chunk) -> dict[str, int]:
@@ -131,8 +79,7 @@ def main(runs: int) -> None:
     versions = {
         name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "torch", "transformers", "kvpress")
     }
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    result = {"figures": figures, "notes": notes, "machine": machine, "versions": versions, "runs": runs}
+    result = {"figures": figures, "notes": notes, "machine": machine(), "versions": versions, "runs": runs}
     (RESULTS / "decode-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(notes, indent=1))
 
@@ -217,12 +164,6 @@ def overlap(cache, kept) -> float:
             ours = ours[ours >= 0]
             shares.append(np.isin(ours, other).mean())
     return float(np.mean(shares))
-
-
-def cpu_name() -> str:
-    """The processor, as the system names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

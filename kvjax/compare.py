@@ -216,7 +216,13 @@ def compare(
     """
     plan(methods, size)  # refuses what no model can do
     check_fits(model, size)
-    rows = plan(methods, size, model.config.head_dim, model.params.embed.dtype.itemsize)
+    return measure(model, plan(methods, size, model.config.head_dim, model.params.embed.dtype.itemsize), size, advance)
+
+
+def measure(
+    model: Model, rows: list[Row], size: Size, advance: Callable[[str, int, int], None] = lambda *_: None
+) -> list[Row]:
+    """Fills in what `rows` say of their policies, the first of which is `full`, and returns them; see `compare`."""
     speeds = {row.method for row in rows}
     groups = (size.contexts + size.prose) // size.group
     steps = groups * (len(rows) + 2) + len(speeds)
