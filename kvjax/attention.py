@@ -12,10 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax import kernels
 from kvjax.cache import FREE, LayerCache, LayerShape, after, extend, resize
 from kvjax.counts import whole
 from kvjax.models.rope import Rope, rotate
 from kvjax.policy import Mass, Masses, Policy, Seen, check_policy
+from pallas_kernels.slot_attention import Packed
 
 SPANS = 16  # static prefixes that a long call is cut into
 BLOCK_LOGITS = 2**17  # queries times slots of one block, for each query head; 64 queries over 2048 slots
@@ -109,19 +111,21 @@ def attend(
         lost, capacity = _lost(cache, policy, positions), cache.capacity
         stored = policy.written(cache, k, v, positions[:, 0], {name: x[:, :, 0] for name, x in given.items()})
         held = policy.loaded(stored)
+        keys, values = policy.read(stored, held)
     else:
         stored, held = cache, _extended(cache, policy, k, v, positions, given)
         if capacity is None:
             capacity = policy.capacity(count) if first else policy.capacity_after(cache, count)
+        keys, values = held.k, held.v
 
-    keys, k_pos, q_pos = held.k, held.pos, positions[:, None, :]  # [B, H, N, D], [B, H, N], [B, 1, T]
+    k_pos, q_pos = held.pos, positions[:, None, :]  # [B, H, N], [B, 1, T]
     if policy.ranks is not None:
         q, keys, q_pos, k_pos = _renumbered(q, held, policy.ranks, positions, rope)
     scale = head_dim**-0.5 if scale is None else scale
     attended = attend_slots(
         q * scale,
         keys,
-        held.v,
+        values,
         q_pos,
         k_pos,
         needs=policy.needs,
@@ -170,8 +174,8 @@ def _fitted(cache, policy, q, k, v, positions):
     if policy.low.has_codecs:
         tier = policy.low.fit(tier, k, v, there, q, positions)
         cache = dataclasses.replace(cache, low=tier)
-    held = policy.low.loaded(tier)
-    return cache, q, k, v, (policy.low.asked(q, tier.fitted), held.k, held.v, held.pos)
+    keys, values = policy.low.read(tier, policy.low.loaded(tier))
+    return cache, q, k, v, (policy.low.asked(q, tier.fitted), keys, values, tier.pos)
 
 
 def _lost(cache, policy, positions):
@@ -221,8 +225,8 @@ def _own(ranks: jax.Array, pos: jax.Array, positions: jax.Array) -> jax.Array:
 
 def attend_slots(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Packed,
+    v: jax.Array | Packed,
     q_pos: jax.Array,
     k_pos: jax.Array,
     *,
@@ -235,8 +239,8 @@ def attend_slots(
 
     Args:
       q: [B, H, G, T, D], scaled and rotated.
-      k: [B, H, N, D].
-      v: [B, H, N, D].
+      k: [B, H, N, D], or `Packed`.
+      v: [B, H, N, D], or `Packed`.
       q_pos: i32[B, H or 1, T], -1 for padding. Where T > 1, the last T slots hold this call's tokens, in order.
       k_pos: i32[B, H, N], -1 for free slots.
       needs: Statistics to return.
@@ -248,12 +252,15 @@ def attend_slots(
     q, k, v = (q,), (k,), (v,)  # of each tier
     if low is not None:
         q, k, v, k_pos = (low[0], *q), (low[1], *k), (low[2], *v), jnp.concatenate([low[3], k_pos], axis=2)
+    newest = q_pos.max(axis=-1, keepdims=True)  # [B, H or 1, 1]
+    weights = {need: _counted(need, q_pos, newest) for need in needs}  # f32[B, H or 1, T]
+    if kernels.attention_of(q, k, v, needs) != "reference":
+        return Attended(*kernels.attend(q, k, v, q_pos, k_pos, weights, bias=bias, sliding_window=sliding_window))
+    k, v = (tuple(x.load().astype(q[0].dtype) if isinstance(x, Packed) else x for x in tiers) for tiers in (k, v))
     if q[0].shape[3] == 1:
         return _attend_one(q, k, v, q_pos, k_pos, needs=needs, bias=bias, sliding_window=sliding_window)
     count, slots, below = q[0].shape[3], k_pos.shape[2], k_pos.shape[2] - k[-1].shape[2]
     before = slots - count
-    newest = q_pos.max(axis=-1, keepdims=True)  # [B, H or 1, 1]
-    weights = {need: _counted(need, q_pos, newest) for need in needs}  # f32[B, H or 1, T]
 
     span = -(-count // SPANS) if count >= 64 * SPANS else count
     outs, lses = [], []

@@ -13,6 +13,8 @@ from kvjax import selects
 from kvjax.cache import FREE, Capacity, LayerCache, LayerShape, after, empty, free_losers, resize, write
 from kvjax.codecs import Codec
 from kvjax.counts import whole
+from pallas_kernels import dispatch
+from pallas_kernels.slot_attention import Packed
 
 
 class Mass(NamedTuple):
@@ -281,6 +283,13 @@ class Policy:
         k = cache.k if self.keys is None else self.keys.load(cache.k).astype(cache.dtype)
         v = cache.v if self.values is None else self.values.load(cache.v).astype(cache.dtype)
         return dataclasses.replace(cache, k=k, v=v)
+
+    def read(self, stored: LayerCache, loaded: LayerCache) -> tuple[Any, Any]:
+        """Keys and values for attention: as they are stored where a kernel may read codes, else as vectors."""
+        if dispatch.preferred() == "reference" or self.form is not None:
+            return loaded.k, loaded.v
+        pairs = ((stored.k, loaded.k), (stored.v, loaded.v))
+        return tuple(own if isinstance(own, Packed) else vectors for own, vectors in pairs)
 
     def settled(self, cache: LayerCache, held: LayerCache, stored: LayerCache | None) -> LayerCache:
         """The layer as it is stored, after `update` has made `cache` of `held`, which was loaded from `stored`."""

@@ -21,6 +21,7 @@ LAYERS = [
         "selects",
         "folds",
         "tiers",
+        "kernels",
         "attention",
         "models.rope",
     ],
@@ -92,5 +93,5 @@ def test_importing_kvjax_takes_under_a_second_beyond_jax_and_loads_nothing_else(
         "print(took, *sorted(new - set(sys.stdlib_module_names)))\n"
     )
     took, *loaded = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=ROOT).split()
-    assert loaded == ["kvjax"]  # neither gguf, tokenizers, flax, matplotlib, ...
+    assert loaded == ["kvjax", "pallas_kernels"]  # neither gguf, tokenizers, flax, matplotlib, ...
     assert float(took) < 1.0

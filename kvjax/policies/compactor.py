@@ -98,34 +98,36 @@ def _leverage(k, middle, phi):
     mean = jnp.where(here, k, 0.0).sum(axis=2, keepdims=True) / jnp.maximum(here.sum(axis=2, keepdims=True), 1)
     x = jnp.where(here, jnp.einsum("bhtd,hdr->bhtr", k - mean, phi), 0.0)
     gram = jnp.einsum("bhtr,bhts->bhrs", x, x) + RIDGE * jnp.eye(phi.shape[-1])
-    solved = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(gram), True), x.swapaxes(2, 3))
-    return jnp.einsum("bhtr,bhrt->bht", x, solved).clip(0)
+    root = jnp.linalg.cholesky(gram)
+    # of the small factor alone: LAPACK solves for all tokens in threads of its own, which fight those of XLA
+    inverse = jax.lax.linalg.triangular_solve(
+        root, jnp.broadcast_to(jnp.eye(root.shape[-1]), root.shape), left_side=True, lower=True
+    )
+    return jnp.square(jnp.einsum("bhtr,bhsr->bhts", x, inverse)).sum(axis=-1)
 
 
 def _chunked(q, k, begin, middle, chunk, scale):
-    """Attention f32[B, H, T] that each token of `middle` gets from its chunk, mean over the group."""
-    batch, heads, group, count, head_dim = q.shape
+    """Attention f32[B, H, T] that each token of `middle` gets from its chunk, mean over the group; others get any."""
+    group, count, head_dim = q.shape[2:]
     chunks = -(-count // chunk)
-    index = begin + jnp.arange(chunks * chunk)  # [B, chunks * chunk]: chunks begin at a row's first middle token
-    here = (index < count) & jnp.take_along_axis(middle[:, 0], index.clip(0, count - 1), axis=1)
-    index = index.clip(0, count - 1)[:, None]
+    q = jnp.where(middle[:, :, None, :, None], q * (head_dim**-0.5 if scale is None else scale), 0.0)
 
-    def cut(x):
-        x = jnp.take_along_axis(x, index[..., None], axis=2)
-        return x.reshape(*x.shape[:2], chunks, chunk, head_dim)
+    def rolled(x, by, axis):
+        return jax.vmap(lambda row, by: jnp.roll(row, by, axis))(x, by[:, 0])
 
-    keys, here = cut(k), here.reshape(batch, 1, chunks, chunk)
-    logits_scale = head_dim**-0.5 if scale is None else scale
+    def cut(x):  # [B, ..., T, n] to [chunks, B, ..., chunk, n]: chunks begin at a row's first middle token
+        x = jnp.pad(rolled(x, -begin, -2), [(0, 0)] * (x.ndim - 2) + [(0, chunks * chunk - count), (0, 0)])
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], chunks, chunk, x.shape[-1]), -3, 0)
 
-    def one(g):
-        logits = jnp.einsum("bhcid,bhcjd->bhcij", cut(q[:, :, g]), keys) * logits_scale
-        p = jax.nn.softmax(jnp.where(here[..., None, :], logits, -jnp.inf), axis=-1)
-        return jnp.where(here[..., :, None], p, 0.0).sum(axis=-2)
+    def attended(one):  # one chunk at a time, so that its logits stay in the processor's caches
+        q, k, here = one
+        here = here[:, :, None, :, 0]  # [B, 1, 1, chunk]
+        logits = jnp.where(here[..., None, :], jnp.einsum("bhgid,bhjd->bhgij", q, k), -jnp.inf)
+        p = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+        return jnp.einsum("bhgi,bhgij->bhj", here / p.sum(axis=-1) / group, p)
 
-    mass = sum(one(g) for g in range(group)) / group
-    mass = jnp.where(here, mass, 0.0).reshape(batch, heads, -1)
-    place = (jnp.arange(count) - begin)[:, None]  # back to the order of the call
-    return jnp.take_along_axis(mass, jnp.broadcast_to(place.clip(0), (batch, heads, count)), axis=2)
+    mass = jnp.moveaxis(jax.lax.map(attended, (cut(q), cut(k), cut(middle[..., None]))), 0, 2)  # [B, H, chunks, chunk]
+    return rolled(mass.reshape(*k.shape[:2], -1)[..., :count], begin, -1)
 
 
 def _pooled(x, width):
