@@ -6,8 +6,10 @@ On a CPU, and in the few calls that no kernel can do, the same operations run in
 import jax
 import jax.numpy as jnp
 
-from kvjax.policy import Mass
+from kvjax.cache import LayerCache
+from kvjax.policy import Mass, Policy
 from pallas_kernels import dispatch, prefill_attention, slot_attention
+from pallas_kernels.slot_attention import Packed
 
 
 def attention_of(q: tuple, k: tuple, v: tuple, needs: frozenset[Mass]) -> str:
@@ -86,3 +88,14 @@ def _summed(need: Mass, weight: jax.Array, p: jax.Array) -> jax.Array:
     """The statistic of probabilities f32[B, H, G, T, N]."""
     p = (weight[:, :, None, :, None] * p).sum(axis=3)
     return p if need.by_query_head else p.mean(axis=2)
+
+
+def in_decode_steps(policy: Policy, layer: LayerCache) -> str:
+    """The implementation that attends to a layer's cache one token at a time."""
+    tiers = []
+    for own, tier in zip((policy, policy.low), layer.tiers, strict=False):
+        k, v = own.read(tier, jax.eval_shape(own.loaded, tier))
+        channels = k.channels if isinstance(k, Packed) else k.shape[-1]
+        q = jax.ShapeDtypeStruct((*tier.pos.shape[:2], 1, 1, channels), tier.dtype)
+        tiers.append((q, k, v))
+    return attention_of(*zip(*tiers, strict=True), policy.needs)

@@ -5,7 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import kernels
 from kvjax.cache import FREE, Cache, nbytes
+from pallas_kernels import dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Report:
       slots: Slots allocated, over rows, heads and layers.
       used: Slots that hold a token.
       tokens: Tokens that the longest row has seen.
+      attention: What attends to it here in decode steps, "tpu" or "gpu" for a kernel, or "reference"; and why.
     """
 
     policy: str
@@ -29,6 +32,7 @@ class Report:
     slots: int
     used: int
     tokens: int
+    attention: str
 
     def __str__(self) -> str:
         """A table of a line for each kind."""
@@ -39,6 +43,7 @@ class Report:
                 *rows,
                 f"{'total':<12}{self.total:>14,} B   {self.total / self.full:.1%} of full at {self.tokens} tokens",
                 f"{'occupancy':<12}{self.used:>14,} of {self.slots:,} slots ({self.used / max(self.slots, 1):.1%})",
+                f"{'attention':<12}{self.attention}",
             ]
         )
 
@@ -66,4 +71,17 @@ def report(cache: Cache) -> Report:
         slots=sum(layer.pos.size for layer in layers),
         used=sum(int(np.sum(np.asarray(layer.pos) != FREE)) for layer in layers),
         tokens=tokens,
+        attention=_attention(cache),
+    )
+
+
+def _attention(cache: Cache) -> str:
+    """What runs, and how it came to be chosen."""
+    policies = cache.policy.of_layers(len(cache.layers))
+    names = [kernels.in_decode_steps(own, layer) for own, layer in zip(policies, cache.layers, strict=True)]
+    preferred = dispatch.preferred()
+    if preferred == "reference" or set(names) == {preferred}:
+        return f"{preferred}: {dispatch.here()[1]}"
+    return (
+        f"reference in {names.count('reference')} of {len(names)} layers, whose form no kernel reads; else {preferred}"
     )

@@ -98,12 +98,22 @@ def _leverage(k, middle, phi):
     mean = jnp.where(here, k, 0.0).sum(axis=2, keepdims=True) / jnp.maximum(here.sum(axis=2, keepdims=True), 1)
     x = jnp.where(here, jnp.einsum("bhtd,hdr->bhtr", k - mean, phi), 0.0)
     gram = jnp.einsum("bhtr,bhts->bhrs", x, x) + RIDGE * jnp.eye(phi.shape[-1])
+    return jnp.square(jnp.einsum("bhtr,bhsr->bhts", x, _inverse_root(gram))).sum(axis=-1)
+
+
+def _inverse_root(gram):
+    """The inverse of the Cholesky factor of each matrix f32[B, H, r, r].
+
+    By hand, as jax takes LAPACK's solver on a CPU, whose threads fight those of XLA: a prompt took 1.4 times as long.
+    """
     root = jnp.linalg.cholesky(gram)
-    # of the small factor alone: LAPACK solves for all tokens in threads of its own, which fight those of XLA
-    inverse = jax.lax.linalg.triangular_solve(
-        root, jnp.broadcast_to(jnp.eye(root.shape[-1]), root.shape), left_side=True, lower=True
-    )
-    return jnp.square(jnp.einsum("bhtr,bhsr->bhts", x, inverse)).sum(axis=-1)
+
+    def substitute(i, inverse):
+        row = root[:, :, i]
+        rest = (jnp.arange(row.shape[-1]) == i) - jnp.einsum("bhr,bhrs->bhs", row, inverse)
+        return inverse.at[:, :, i].set(rest / row[..., i, None])
+
+    return jax.lax.fori_loop(0, root.shape[-1], substitute, jnp.zeros_like(root))
 
 
 def _chunked(q, k, begin, middle, chunk, scale):
