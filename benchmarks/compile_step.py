@@ -127,7 +127,7 @@ def main() -> None:
             print(
                 f"{topology:<12}{name:<22}per chip: arguments {memory.argument_size_in_bytes / 2**30:6.2f} GiB, "
                 f"temporaries {memory.temp_size_in_bytes / 2**20:7.1f} MiB, "
-                f"cache {size / chips / 2**30:5.2f} GiB, {memory.alias_size_in_bytes * chips / size:5.1%} of it aliased, "
+                f"cache {size / chips / 2**30:.2f} GiB, {memory.alias_size_in_bytes * chips / size:5.1%} aliased, "
                 f"{kernels} kernels; compiled in {time.perf_counter() - start:.0f} s",
                 flush=True,
             )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.counts import whole
+from pallas_kernels.slot_attention.packed import Packed
 
 TINY = 2.0**-24  # the smallest positive f16
 HUGE = 65504.0  # the largest
@@ -88,15 +89,9 @@ def integer(bits: int, *, group: int = 32) -> Codec:
         low = low.astype(jnp.float16)
         codes = (x - low[..., None].astype(jnp.float32)) / step[..., None].astype(jnp.float32)
         codes = jnp.round(codes).clip(0, levels).astype(jnp.uint32)
-        return {"codes": pack(codes.reshape(*x.shape[:-2], -1), bits), "step": step, "low": low}
+        return Packed(pack(codes.reshape(*x.shape[:-2], -1), bits), step, low, bits, group)
 
-    def load(stored):
-        step, low = (stored[name].astype(jnp.float32)[..., None] for name in ("step", "low"))
-        codes = unpack(stored["codes"], bits, step.shape[-2] * group).astype(jnp.float32)
-        x = codes.reshape(*step.shape[:-1], group) * step + low
-        return x.reshape(*x.shape[:-2], -1)
-
-    return Codec(f"int{bits}", _nothing, _same, None, store, load, check, group)
+    return Codec(f"int{bits}", _nothing, _same, None, store, Packed.load, check, group)
 
 
 class ByChannel(NamedTuple):
@@ -128,11 +123,10 @@ def by_channel(codec: Codec, block: int) -> ByChannel:
         )
 
     def load(tree):
-        slots = tree["codes"].shape[2]
-        channels = {name: blocks(leaf) for name, leaf in tree.items()}
-        width = channels["step"].shape[4] * codec.group
-        tree = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:3], width, -1), channels)
-        x = codec.load(tree).swapaxes(3, 4)
+        slots = tree.codes.shape[2]
+        tree = jax.tree.map(blocks, tree)  # [B, H, blocks, block, ...]
+        width = tree.step.shape[4] * codec.group
+        x = codec.load(jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:3], width, -1), tree)).swapaxes(3, 4)
         return x.reshape(*x.shape[:2], -1, width)[:, :, :slots]
 
     return ByChannel(store, load)
@@ -143,23 +137,13 @@ def _per_token(leaf, block):
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Codes u32[..., n] of 1, 2, 3, 4 or 8 bits in words u32[..., m], the first in the lowest bits."""
+    """Codes u32[..., n] of 1, 2, 3, 4 or 8 bits in words u32[..., m], the first in the lowest bits (`Packed`)."""
     if bits == 3:
         return jnp.concatenate([pack(codes & 3, 2), pack(codes >> 2, 1)], axis=-1)
     each = 32 // bits
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % each)])
     codes = codes.reshape(*codes.shape[:-1], -1, each)
     return (codes << (bits * jnp.arange(each, dtype=jnp.uint32))).sum(axis=-1, dtype=jnp.uint32)
-
-
-def unpack(words: jax.Array, bits: int, count: int) -> jax.Array:
-    """The first `count` codes of what `pack` made, u32[..., count]."""
-    if bits == 3:
-        two = -(-count // 16)  # words of the plane of two bits
-        return unpack(words[..., :two], 2, count) + 4 * unpack(words[..., two:], 1, count)
-    each = 32 // bits
-    codes = (words[..., None] >> (bits * jnp.arange(each, dtype=jnp.uint32))) & jnp.uint32(2**bits - 1)
-    return codes.reshape(*words.shape[:-1], -1)[..., :count]
 
 
 @functools.cache  # the same object for the same settings, so that nothing is compiled twice

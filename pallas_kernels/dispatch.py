@@ -31,6 +31,11 @@ def here() -> tuple[str, str]:
     return "gpu", f"the default backend is {device.device_kind}"
 
 
+def preferred() -> str:
+    """What runs when nothing is asked for by name."""
+    return _compiling_for.get() or here()[0]
+
+
 def choose(operation: str, implementation: str | None, unfit: Callable[[str], str | None]) -> str:
     """The implementation to run.
 
@@ -42,7 +47,7 @@ def choose(operation: str, implementation: str | None, unfit: Callable[[str], st
     Raises:
       ValueError: If the one asked for by name does not exist, does not fit, or cannot run here.
     """
-    name, reason = (_compiling_for.get(), "") if _compiling_for.get() else here()
+    name = preferred()
     if implementation is None:
         return name if name == "reference" or unfit(name) is None else "reference"
     if implementation not in IMPLEMENTATIONS:
@@ -53,7 +58,7 @@ def choose(operation: str, implementation: str | None, unfit: Callable[[str], st
         raise ValueError(f"{operation}: implementation={implementation!r} cannot do this call: {why}.")
     if implementation != name:
         raise ValueError(
-            f"{operation}: implementation={implementation!r} cannot run here: {reason}. None takes what can."
+            f"{operation}: implementation={implementation!r} cannot run here: {here()[1]}. None takes what can."
         )
     return implementation
 
