@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
+from pallas_kernels.slot_write import slot_write
+from pallas_kernels.topk_slots import topk_slots
+
 if TYPE_CHECKING:
     from kvjax.models.llama import Config
     from kvjax.policy import Policy
@@ -149,6 +153,11 @@ def write(
     slot = jnp.argmin(cache.pos, axis=-1)  # [B, H], the first -1
     free = jnp.take_along_axis(cache.pos, slot[..., None], axis=-1)[..., 0] == FREE
     slot = jnp.where(free & (position >= 0), slot, slots)  # out of range: dropped
+    stats = {name: jnp.zeros(stat.shape[:2] + stat.shape[3:]) for name, stat in cache.stats.items()} | (stats or {})
+    if dispatch.preferred() != "reference":
+        buffers, tree = jax.tree.flatten(cache.slot_aligned())
+        rows = jax.tree.leaves((k, v, jnp.broadcast_to(position, slot.shape), stats))
+        return cache.with_slots(jax.tree.unflatten(tree, slot_write(buffers, rows, slot)))
     row, head = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
 
     def put(buffer, new):
@@ -157,8 +166,7 @@ def write(
     here = jnp.arange(slots) == slot[..., None]  # [B, H, N]
 
     def begin(name, stat):
-        first = 0 if stats is None or name not in stats else stats[name][:, :, None]
-        return jnp.where(here.reshape(here.shape + (1,) * (stat.ndim - 3)), first, stat)
+        return jnp.where(here.reshape(here.shape + (1,) * (stat.ndim - 3)), stats[name][:, :, None], stat)
 
     return cache.with_slots(
         (
@@ -177,6 +185,13 @@ def take(cache: LayerCache, index: jax.Array) -> LayerCache:
         return jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 3)), axis=2)
 
     return cache.with_slots(jax.tree.map(gather, cache.slot_aligned()))
+
+
+def take_or_free(cache: LayerCache, index: jax.Array) -> LayerCache:
+    """As `take`, where an index beyond the slots stands for a free one."""
+    there = index < cache.slots
+    taken = take(cache, jnp.minimum(index, cache.slots - 1))
+    return dataclasses.replace(taken, pos=jnp.where(there, taken.pos, FREE))
 
 
 def free_losers(cache: LayerCache, kept: jax.Array) -> LayerCache:
@@ -198,6 +213,8 @@ def resize(cache: LayerCache, capacity: Capacity) -> LayerCache:
     if isinstance(capacity, tuple):
         capacity, below = capacity
         cache = dataclasses.replace(cache, low=resize(cache.low, below))
+    if cache.slots > capacity and dispatch.preferred() != "reference":
+        return take_or_free(cache, topk_slots(jnp.zeros(cache.pos.shape), cache.pos, capacity).index)
     if cache.slots > capacity:
         occupied_first = jnp.argsort(cache.pos == FREE, axis=-1, stable=True)
         return take(cache, occupied_first[..., :capacity])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.counts import whole
+from pallas_kernels.prune_channels import prune_channels as cut_channels
 from pallas_kernels.slot_attention.packed import Packed
 
 TINY = 2.0**-24  # the smallest positive f16
@@ -34,6 +35,7 @@ class Codec(NamedTuple):
       check: (head_dim) -> None; refuses what does not fit.
       group: Channels that share a step, in codecs that round.
       narrows: Whether project leaves fewer channels.
+      fit_and_project: As `fit`, but (what is chosen, project(k)), where one reading of the keys serves both; or None.
     """
 
     name: str
@@ -45,6 +47,14 @@ class Codec(NamedTuple):
     check: Callable[[int], None]
     group: int | None = None
     narrows: bool = False
+    fit_and_project: Callable[..., tuple[Any, jax.Array]] | None = None
+
+    def fitted_to(self, *first_call) -> tuple[Any, jax.Array]:
+        """What `fit` chooses, and the projected keys; arguments as there."""
+        if self.fit_and_project is not None:
+            return self.fit_and_project(*first_call)
+        chosen = self.fit(*first_call)
+        return chosen, self.project(first_call[0], chosen)
 
 
 def _nothing(*_):
@@ -167,13 +177,18 @@ def prune_channels(keep: int, *, window: int = 32) -> Codec:
         if keep >= head_dim:
             raise ValueError(f"prune_channels: keep={keep} prunes nothing of {head_dim} channels; give fewer.")
 
+    def fit_and_project(k, there, q, asked):
+        count = min(window, q.shape[3])
+        last = jnp.argsort(~asked | (jnp.cumsum(asked[:, ::-1], axis=1)[:, ::-1] > count), axis=1, stable=True)[
+            :, :count
+        ]
+        q = jnp.take_along_axis(q, last[:, None, None, :, None], axis=3)
+        asked = jnp.take_along_axis(asked, last, axis=1)
+        keys, channels = cut_channels(k, q, keep, there=there, asked=asked)
+        return channels, keys
+
     def fit(k, there, q, asked):
-        last = asked & (jnp.cumsum(asked[:, ::-1], axis=1)[:, ::-1] <= window)  # [B, T]
-        q = jnp.where(last[:, None, None, :, None], q.astype(jnp.float32), 0.0)
-        k = jnp.where(there[..., None], k.astype(jnp.float32), 0.0)
-        score = (q * q).sum(axis=(2, 3)) * (k * k).sum(axis=2)  # [B, H, D]
-        best = jnp.argsort(-score, axis=-1)[..., :keep]
-        return jnp.sort(best, axis=-1).astype(jnp.int32)
+        return fit_and_project(k, there, q, asked)[0]
 
     def project(x, channels):
         return jnp.take_along_axis(x, channels[:, :, None], axis=-1)
@@ -181,7 +196,17 @@ def prune_channels(keep: int, *, window: int = 32) -> Codec:
     def query(q, channels):
         return jnp.take_along_axis(q, channels[:, :, None, None], axis=-1)
 
-    return Codec(f"{keep} channels", fit, project, query, lambda x: x, lambda x: x, check, narrows=True)
+    return Codec(
+        f"{keep} channels",
+        fit,
+        project,
+        query,
+        lambda x: x,
+        lambda x: x,
+        check,
+        narrows=True,
+        fit_and_project=fit_and_project,
+    )
 
 
 @functools.cache  # the same object for the same settings, so that nothing is compiled twice
@@ -218,10 +243,13 @@ def pipe(first: Codec, then: Codec) -> Codec:
     if first.group is not None:
         raise ValueError(f"pipe: {first.name} stores codes, which {then.name} cannot take. Put it last.")
 
+    def fit_and_project(k, there, q, asked):
+        one, k = first.fitted_to(k, there, q, asked)
+        two, k = then.fitted_to(k, there, q if first.query is None else first.query(q, one), asked)
+        return (one, two), k
+
     def fit(k, there, q, asked):
-        one = first.fit(k, there, q, asked)
-        narrow = q if first.query is None else first.query(q, one)
-        return one, then.fit(first.project(k, one), there, narrow, asked)
+        return fit_and_project(k, there, q, asked)[0]
 
     def project(x, fitted):
         return then.project(first.project(x, fitted[0]), fitted[1])
@@ -248,4 +276,5 @@ def pipe(first: Codec, then: Codec) -> Codec:
         check,
         then.group,
         first.narrows or then.narrows,
+        fit_and_project,
     )

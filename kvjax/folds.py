@@ -4,13 +4,17 @@ A loser is folded into kept slots: a part of its key and value is added to their
 stay. Losers are few (one, in a decode step), so they are gathered: E losers a head, in the order of their positions.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import FREE, LayerCache
+from kvjax.cache import FREE, LayerCache, free_losers, take_or_free
 from kvjax.policy import Seen
+from pallas_kernels import dispatch
+from pallas_kernels.fold_slots import fold_slots
+from pallas_kernels.topk_slots import topk_slots
 
 BLOCK = 256  # losers that are compared with all kept keys at once
 FEW = 64  # losers up to which a fold writes rows, and not whole buffers
@@ -109,18 +113,34 @@ def in_blocks(function, x: jax.Array, size: int):
     return jax.tree.map(join, jax.lax.map(function, x))
 
 
-def fold(cache: LayerCache, losers: Losers, target: jax.Array, weight: jax.Array, total: jax.Array, seen: Seen):
-    """Makes key and value of each target slot a weighted mean of its own, at weight 1, and its losers'.
+def fold(
+    cache: LayerCache,
+    kept: jax.Array,
+    losers: Losers,
+    target: jax.Array,
+    weight: jax.Array,
+    total: jax.Array,
+    seen: Seen,
+) -> LayerCache:
+    """Makes key and value of each target slot a weighted mean of its own, at weight 1, and its losers'; frees those.
 
     Args:
       cache: Of N slots.
-      losers: As gathered from it.
+      kept: bool[B, H, N], the slots that stay, targets among them.
+      losers: All others that are occupied, as gathered from the cache; E a head.
       target: i32[B, H, E], the slot that each loser joins.
       weight: f32[B, H, E], how much of the loser is added; nothing happens where it is 0.
       total: f32[B, H, E], what it adds to the divisor of its target, which is 1 without losers.
       seen: What attention saw; the fold waits for its output.
+
+    Returns:
+      The cache, of N slots; where a kernel folds a call of several tokens, of N - E slots.
     """
     joins = losers.real & (weight != 0)
+    fewer = cache.slots - losers.slot.shape[-1]
+    if dispatch.preferred() != "reference" and seen.positions.shape[1] > 1 and fewer > 0:
+        return _folded_into_fewer(cache, kept, losers.slot, joins, target, weight, total, fewer)
+    cache = free_losers(cache, kept)
     slot = seen.done(jnp.where(joins, target, cache.slots))  # beyond the last: dropped
     weight, total = jnp.where(joins, weight, 0.0), jnp.where(joins, total, 0.0)
     if slot.shape[-1] <= FEW:  # the rows of the targets alone are read and written
@@ -142,6 +162,18 @@ def fold(cache: LayerCache, losers: Losers, target: jax.Array, weight: jax.Array
         return jnp.where(joined, ((leaf.astype(jnp.float32) + gathered) / divisor).astype(leaf.dtype), leaf)
 
     return cache.with_slots((merged(cache.k, losers.k), merged(cache.v, losers.v), cache.pos, cache.stats))
+
+
+def _folded_into_fewer(cache, kept, source, joins, target, weight, total, slots):
+    """`fold` in one pass over keys and values, which writes the slots that stay and no others."""
+    place = jnp.where(kept, jnp.cumsum(kept, axis=-1) - 1, slots)  # of each slot, among those that stay
+    divisor = 1 + add(jnp.zeros(cache.pos.shape), jnp.where(joins, target, cache.slots), jnp.where(joins, total, 0.0))
+    source = jnp.where(joins, source, cache.slots)
+    to = put(place, source, at(place, target))
+    share = put(1 / divisor, source, weight / at(divisor, target))
+    k, v = fold_slots(cache.k, cache.v, to, share, slots)
+    index = topk_slots(jnp.zeros(cache.pos.shape), jnp.where(kept, cache.pos, FREE), slots).index
+    return dataclasses.replace(take_or_free(dataclasses.replace(cache, k=(), v=()), index), k=k, v=v)
 
 
 def put(leaf: jax.Array, slot: jax.Array, rows: jax.Array) -> jax.Array:

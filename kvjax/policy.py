@@ -210,17 +210,21 @@ class Policy:
         )
         return self._encoded(cache, k, v, there, seen.q, seen.positions)
 
-    def _encoded(self, cache: LayerCache, k, v, there, q, positions) -> LayerCache:
-        """The layer, whose tiers hold vectors, in the form that its codecs store; fitted on k, v and q."""
+    def _encoded(self, cache: LayerCache, k, v, there, q, positions, start: int = 0) -> LayerCache:
+        """The layer in the form that its codecs store, which are fitted on k, v [B, H, N, D] and q.
+
+        Those are the vectors of all tiers; this one's slots begin at `start`.
+        """
         if self.has_codecs:
-            cache = self.fit(cache, k, v, there, q, positions)
-            cache = self.stored(cache, *self.projected(cache.k, cache.v, cache.fitted))
+            asked = positions != FREE
+            fitted_k, k = ((), k) if self.keys is None else self.keys.fitted_to(k, there, q, asked)
+            fitted_v, v = ((), v) if self.values is None else self.values.fitted_to(v, there, q, asked)
+            cache = cache.with_fitted((asked.any(axis=1), fitted_k, fitted_v))
+        stop = start + cache.slots
+        cache = self.stored(cache, k[:, :, start:stop], v[:, :, start:stop])
         if self.low is None:
             return cache
-        k, v = self.projected(k, v, cache.fitted)
-        low = cache.low
-        low = low.with_slots((*self.projected(low.k, low.v, cache.fitted), low.pos, low.stats))
-        low = self.low._encoded(low, k, v, there, self.asked(q, cache.fitted), positions)
+        low = self.low._encoded(cache.low, k, v, there, self.asked(q, cache.fitted), positions, stop)
         return dataclasses.replace(cache, low=low)
 
     def asked(self, q: jax.Array, fitted: Any) -> jax.Array:
@@ -298,11 +302,17 @@ class Policy:
         return self.stored(cache, cache.k, cache.v) if self.has_codecs else cache
 
     def capacity(self, tokens: int) -> Capacity:
-        """Slots to allocate for a sequence of `tokens`: one above the budget, where the next token is written."""
+        """Slots to allocate for a sequence of `tokens`: one above the budget, where the next token is written.
+
+        On a TPU a multiple of 16: it lays out other numbers of slots in another order of the axes, and a kernel that
+        reads them would have all of them copied in every step.
+        """
         if self.budget is not None:
             own = self.budget + 1
         else:
             own = tokens if self.grow is None else self.grow(tokens)
+        if dispatch.preferred() == "tpu":
+            own = -(-own // 16) * 16
         return own if self.low is None else (own, self.low.capacity(tokens))
 
     def capacity_after(self, cache: LayerCache, more: int, seen: int | None = None) -> Capacity:
@@ -340,9 +350,10 @@ def evict(
     Args:
       scorer: By what slots are kept.
       budget: Slots kept in each row and head; None keeps all, or what `limit` says.
-      select: (score f32[B, H, N], pos i32[B, H, N], budget) -> kept bool[B, H, N].
-      fate: (cache, kept, seen, losers: the most that a row and head may lose) -> cache, before the losers are freed:
-        what becomes of them (see `folds`). None drops them.
+      select: (score f32[B, H, N], pos i32[B, H, N], budget, most: how many slots above the budget may be occupied) ->
+        kept bool[B, H, N].
+      fate: (cache, kept, seen, losers: the most that a row and head may lose) -> the cache without its losers, once it
+        is settled what becomes of them (see `folds`). None drops them.
       ranks: See `Policy`.
       bias: See `Policy`.
       stepwise: See `Policy`.
@@ -354,15 +365,17 @@ def evict(
         return empty(shape, scorer.stats, scorer.carry(shape))
 
     def choose(cache, seen, capacity):
+        # What was there before this call is within the budget, and so no more than its own tokens have to go.
+        most = min(cache.slots - (budget or 0), seen.positions.shape[1])
         if limit is not None:
             kept = selects.first(scorer.score(cache, seen), cache.pos, limit(seen)[:, None, None])
         elif budget is not None and cache.slots > budget:
-            kept = select(scorer.score(cache, seen), cache.pos, budget)
+            kept = select(scorer.score(cache, seen), cache.pos, budget, most)
         else:
             return resize(cache, capacity)
-        if fate is not None:
-            cache = fate(cache, kept, seen, cache.slots - (budget or 0))
-        return resize(free_losers(cache, kept), capacity)
+        if fate is None:
+            return resize(free_losers(cache, kept), capacity)
+        return resize(fate(cache, kept, seen, most), capacity)
 
     def update(cache, seen, capacity):
         return choose(dataclasses.replace(cache, stats=scorer.observe(cache, seen)), seen, capacity)

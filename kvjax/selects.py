@@ -1,9 +1,11 @@
-"""Selections: which slots stay, given their scores. Each is (score, pos, budget) -> kept bool[B, H, N]."""
+"""Selections: which slots stay, given their scores. Each is (score, pos, budget, most) -> kept bool[B, H, N]."""
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE
+from pallas_kernels import dispatch
+from pallas_kernels.topk_slots import topk_slots
 
 
 def ranked(score: jax.Array, pos: jax.Array) -> jax.Array:
@@ -24,28 +26,31 @@ def _worth(score, pos):
     return jnp.where(pos == FREE, -jnp.inf, jnp.where(score > lowest, score, lowest))
 
 
-def top_k(score: jax.Array, pos: jax.Array, budget: int) -> jax.Array:
+def top_k(score: jax.Array, pos: jax.Array, budget: int, most: int | None = None) -> jax.Array:
     """Keeps the `budget` best slots of each row and head, ties to the lower position; free slots never count.
 
     Args:
       score: f32[B, H, N], higher stays.
       pos: i32[B, H, N], -1 where free.
       budget: Slots to keep.
+      most: How many slots above the budget may be occupied; None takes all that there are.
 
     Returns:
       bool[B, H, N], at most `budget` true in a row.
     """
-    score = _worth(score, pos)
-    excess = pos.shape[-1] - budget
+    excess = pos.shape[-1] - budget if most is None else most
     if excess <= 0:
         return pos != FREE
+    if excess > 1 and dispatch.preferred() != "reference":
+        return topk_slots(score.astype(jnp.float32), pos, budget).kept
+    score = _worth(score, pos)
     # XLA may compute a score twice, with another last bit: a slot that one pass found is told by its index after that.
     slot = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2)
     if excess == 1:  # a decode step: one pass instead of a sort
         worst = jnp.argmin(score, axis=-1, keepdims=True)
         tied = (slot == worst) | (score == jnp.take_along_axis(score, worst, axis=-1))
         last = jnp.where(tied, pos, FREE).max(axis=-1, keepdims=True)
-        full = (pos != FREE).all(axis=-1, keepdims=True)
+        full = (pos != FREE).sum(axis=-1, keepdims=True) > budget
         return (pos != FREE) & ~(full & (pos == last))
     best_first = ranked(score, pos)
     row, head = jnp.arange(pos.shape[0])[:, None, None], jnp.arange(pos.shape[1])[None, :, None]

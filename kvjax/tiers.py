@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import folds
-from kvjax.cache import FREE, LayerCache, extend, write
+from kvjax.cache import FREE, LayerCache, extend, free_losers, write
 from kvjax.policy import Policy, Scorer, Seen, evict
 
 
@@ -81,14 +81,13 @@ def _move(low: Policy, cache: LayerCache, kept: jax.Array, seen: Seen, count: in
     tier = cache.low
     if tier.slots and low.scorer.stats:
         tier = dataclasses.replace(tier, stats=low.scorer.observe(tier, seen._replace(mass=seen.low)))
-    count = min(count, seen.positions.shape[1])  # what was there before this call is within its bounds
     losers = folds.gather_losers(cache, kept, count)
     pos = seen.done(jnp.where(losers.real, folds.at(cache.pos, losers.slot), FREE))
     stats = {name: folds.at(cache.stats[name], losers.slot) for name in low.scorer.stats}
     k, v = losers.k.astype(cache.dtype), losers.v.astype(cache.dtype)
     if tier.slots == 0:  # the prompt: `Policy.first` stores both tiers when all is chosen
         held = extend(tier, k, v, pos, stats)
-        return dataclasses.replace(cache, low=low.choose(held, seen, held.slots))
+        return dataclasses.replace(free_losers(cache, kept), low=low.choose(held, seen, held.slots))
 
     new = low.stored(tier, *low.projected(k, v, tier.fitted))
     if count == 1:
@@ -97,4 +96,4 @@ def _move(low: Policy, cache: LayerCache, kept: jax.Array, seen: Seen, count: in
         stored = extend(tier, new.k, new.v, pos, stats)
     held = low.loaded(stored)
     tier = low.choose(held, seen, held.slots)
-    return dataclasses.replace(cache, low=low.settled(tier, held, stored))
+    return dataclasses.replace(free_losers(cache, kept), low=low.settled(tier, held, stored))

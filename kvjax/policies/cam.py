@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from kvjax.cache import free_losers
 from kvjax.draws import check_seed, uniform
 from kvjax.folds import gather_losers, spread
 from kvjax.policy import Policy, evict, method
@@ -46,7 +47,7 @@ def cam(
     def give(cache, kept, seen, count):
         losers = gather_losers(cache, kept, count)
         draw = uniform(seed, cache.carry, cache.pos)
-        return spread(cache, losers, kept, cache.stats["mass"], draw, targets, seen)
+        return free_losers(spread(cache, losers, kept, cache.stats["mass"], draw, targets, seen), kept)
 
     mass = attention_mass()
     chosen = mass if heavy else mass._replace(score=recency().score)

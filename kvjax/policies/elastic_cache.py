@@ -87,11 +87,12 @@ def elastic_cache(pruned: float = 0.5, *, sinks: int = 1, last: int = 1, distanc
         nearest = jnp.where(to_left <= to_right, left, right).clip(0, slots - 1)
         losers = gather_losers(cache, kept, max(slots - (slots - num * slots // den), 1))
         joins = (anchor.any(axis=-1, keepdims=True) & losers.real).astype(jnp.float32)
-        cache = fold(cache, losers, at(order, at(nearest, at(back, losers.slot))), joins, joins, seen)
+        target = at(order, at(nearest, at(back, losers.slot)))
 
         rank = at(jnp.cumsum(at(kept, order), axis=-1) - 1, back)
         fixed = jnp.maximum(jnp.minimum(sinks, stay), jnp.minimum(stay - distance, stay - 1))
         permanent = (kept & (rank < fixed)).astype(jnp.float32)
-        return free_losers(dataclasses.replace(cache, stats={"permanent": permanent}), kept)
+        cache = dataclasses.replace(cache, stats={"permanent": permanent})
+        return fold(cache, kept, losers, target, joins, joins, seen)
 
     return Policy("elastic_cache", None, frozenset({Mass()}), init, update, grow=grow, stepwise="turns")

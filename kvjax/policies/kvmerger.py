@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import FREE, LayerCache, empty, free_losers, resize
+from kvjax.cache import FREE, LayerCache, empty, resize
 from kvjax.folds import add, at, first_slots, fold, gather_losers
 from kvjax.policy import Mass, Policy, Seen, check_budget, method
 
@@ -131,20 +131,20 @@ def kvmerger(
         target = at(at(order, pivot), their)
         weight = jnp.where(joins, at(count * kernel / at(count, pivot), their), 0.0)
 
-        scaled = cache
-        if value_scale == "set_size":
-            own = (1 + cache.stats["joined"])[..., None]
-            scaled = dataclasses.replace(cache, v=(cache.v / own).astype(cache.v.dtype))
-            losers = losers._replace(v=losers.v / at(own, losers.slot))
-        merged = fold(scaled, losers, target, weight, weight, seen)
         slot = jnp.where(joins, target, slots)
         stats = {
             "mass": add(cache.stats["mass"], slot, at(mass, their)),
             "joined": add(cache.stats["joined"], slot, at(count, their)),
         }
         if value_scale == "set_size":
-            merged = dataclasses.replace(merged, v=(merged.v * (1 + stats["joined"])[..., None]).astype(cache.v.dtype))
-        return free_losers(dataclasses.replace(merged, stats=stats), kept)
+            own = (1 + cache.stats["joined"])[..., None]
+            cache = dataclasses.replace(cache, v=(cache.v / own).astype(cache.v.dtype))
+            losers = losers._replace(v=losers.v / at(own, losers.slot))
+        merged = fold(dataclasses.replace(cache, stats=stats), kept, losers, target, weight, weight, seen)
+        if value_scale == "set_size":
+            own = (1 + merged.stats["joined"])[..., None]
+            merged = dataclasses.replace(merged, v=(merged.v * own).astype(merged.v.dtype))
+        return merged
 
     def bias(cache):
         return jnp.log1p(cache.stats["joined"])

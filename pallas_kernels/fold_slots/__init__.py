@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.sharding import by_row_and_head
 
 DTYPES = ("float32", "bfloat16")  # that kernels exist for
 WIDEST = 256  # head_dim that kernels have a configuration for
@@ -56,7 +57,11 @@ def fold_slots(
     weight = weight.astype(jnp.float32)
     value_weight = weight if value_weight is None else value_weight.astype(jnp.float32)
     backend = importlib.import_module(f"{__name__}.{name}")
-    return backend.fold_slots(k, v, target.astype(jnp.int32), weight, slots, value_weight=value_weight)
+
+    def part(k, v, target, weight, value_weight):
+        return backend.fold_slots(k, v, target, weight, slots, value_weight=value_weight)
+
+    return by_row_and_head(part, (k, v, target.astype(jnp.int32), weight, value_weight), ("bh",) * 5, ("bh",) * 2)
 
 
 def _check(k, v, target, weight, slots, value_weight):

@@ -1,5 +1,6 @@
 """Attention of a few queries over slots in any order, which moves every stored byte of keys and values once."""
 
+import functools
 import importlib
 import numbers
 from typing import NamedTuple
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.sharding import by_row_and_head
 from pallas_kernels.slot_attention.packed import Packed, words
 
-__all__ = ["Packed", "SlotAttention", "slot_attention"]
+__all__ = ["Packed", "SlotAttention", "slot_attention", "unfit"]
 
 FREE = -1  # position of a free slot, and of a query that is padding
 STATS = (None, "mass", "logits")
@@ -71,17 +73,15 @@ def slot_attention(
     _check(q, k, v, q_pos, k_pos, bias)
     _check_settings(scale, sliding_window, stat)
 
-    def unfit(name: str) -> str | None:
-        return _unfit(name, q, k, v)
-
-    name = dispatch.choose("slot_attention", implementation, unfit)
+    name = dispatch.choose("slot_attention", implementation, lambda name: unfit(name, q, k, v))
     backend = importlib.import_module(f"{__name__}.{name}")
     settings = {"scale": float(scale), "sliding_window": sliding_window, "stat": stat}
-    return backend.slot_attention(q, k, v, q_pos, k_pos, bias, **settings)
+    part = functools.partial(backend.slot_attention, **settings)
+    return SlotAttention(*by_row_and_head(part, (q, k, v, q_pos, k_pos, bias), ("bh",) * 6, ("bh",) * 3))
 
 
-def _unfit(implementation, q, k, v):
-    """Why the kernel cannot do the call, or None."""
+def unfit(implementation: str, q: jax.Array, k: jax.Array | Packed, v: jax.Array | Packed) -> str | None:
+    """Why the kernel cannot do such a call, or None; only shapes and dtypes matter."""
     tpu, rows = implementation == "tpu", q.shape[2] * q.shape[3]
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"q is {q.dtype}, and kernels are for float32 and bfloat16"

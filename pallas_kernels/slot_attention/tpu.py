@@ -4,7 +4,8 @@ The query heads of a group and their T queries are rows of one matrix, so that a
 for all of them.
 
 Channels that do not fill the 128 lanes lie second in a TPU's memory, slots first: XLA stores an array [N, 64] so, and
-words and steps too. Such arrays are handed over as [D, N], which moves nothing.
+words and steps too. Such arrays are handed over as [D, N], which moves nothing where D, or a vector's words, are a
+multiple of 8; for others, such as 77 pruned channels, XLA may put heads second, and then it copies them first.
 
 Codes become bf16 (f32 where q is) in VMEM, without their steps: with x = step code + low in each of S groups,
 
@@ -48,9 +49,11 @@ def slot_attention(
 ) -> SlotAttention:
     """See `pallas_kernels.slot_attention`.
 
-    Beside keys and values a slot's position is copied and read, 12 bytes, and as many for a bias. The logits of a row
-    stay in VMEM until its sum is known, and their masses take 4 bytes to write and 8 to bring into shape. Where G T N
-    logits are over 3 MiB they are written and read again instead, 8 G T bytes a slot. stat="logits" writes 4 G T bytes.
+    Beside keys and values a slot's position is copied and read, 12 bytes, and as many for a bias; steps and lows are
+    copied as integers, for kernels know no f16, 8 bytes a group. For stat="mass" the logits of a row stay in VMEM until
+    its sum is known, and their masses take 4 bytes to write and 8 to bring into shape. Where logits would take more
+    than 3 MiB, they are written and read again instead: 8 G T + 4 bytes a slot; keys and values have 2 D itemsize.
+    stat="logits" writes 4 G T bytes.
     """
     if (missing := SUBLANES - k_pos.shape[2]) > 0:  # products of one slot are not lowered
         settings = {"scale": scale, "sliding_window": sliding_window, "stat": stat, "interpret": interpret}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.sharding import by_row_and_head
 
 DTYPES = ("float32", "bfloat16", "float16", "uint32", "int32")  # that kernels exist for
 
@@ -40,7 +41,8 @@ def slot_write(
     name = dispatch.choose("slot_write", implementation, unfit)
     rows = tuple(row.astype(buffer.dtype) for row, buffer in zip(rows, buffers, strict=True))
     backend = importlib.import_module(f"{__name__}.{name}")
-    return backend.slot_write(buffers, rows, slot.astype(jnp.int32))
+    args = (buffers, rows, slot.astype(jnp.int32))
+    return by_row_and_head(backend.slot_write, args, ("bh",) * 3, ("bh",) * len(buffers))
 
 
 def _check(buffers, rows, slot):

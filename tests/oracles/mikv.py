@@ -123,7 +123,9 @@ def run(
         raise ValueError(f"ratio and heavy_share are fractions, got {ratio} and {heavy_share}")
     q, k = (np.array([[common.rope(x, p, base) for x in row] for p, row in enumerate(rows)]) for rows in (q, k))
     q = q.reshape(n, kv_heads, -1, dim)
-    heads = [Head(ratio, low_bits, high_bits, group or dim // 2, balance, heavy_share, twice, mean) for _ in range(kv_heads)]
+    heads = [
+        Head(ratio, low_bits, high_bits, group or dim // 2, balance, heavy_share, twice, mean) for _ in range(kv_heads)
+    ]
     results = []
     start = 0
     for c in calls:
