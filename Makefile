@@ -1,5 +1,6 @@
 # make demo    sets everything up and does the main job
 # make test    sets everything up and passes the tests
+# make aot     compiles the kernels, and a decode step of an 8B model, for TPUs and GPUs that are not here
 # Everything lives in .venv and .cache, in this folder.
 
 PYTHON ?= python3
@@ -7,7 +8,10 @@ BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
-.PHONY: demo test lint bench clean
+# libtpu, which only compiles here, would have jax look for a TPU at every start.
+export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
+
+.PHONY: demo test lint aot bench clean
 
 demo: .venv/ready
 	$(BIN)/kvjax compare --out out
@@ -18,6 +22,10 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+aot: .venv/ready
+	$(BIN)/python -m pallas_kernels.compile_all
+	$(BIN)/python -m benchmarks.compile_step v5e --methods 'h2o(2048)'
 
 # The rivals need torch; see the head of benchmarks/decode.py.
 bench: .venv/ready

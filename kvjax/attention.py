@@ -470,9 +470,9 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
             f"un-rotated, and rope=kvjax.Rope(base=...)."
         )
     slots = 0 if cache is None else cache.slots
-    least = policy.capacity(count)
+    least = policy.needed(count)
     if policy.low is not None:  # of two tiers; a number stands for a sequence of so many tokens
-        least = count if isinstance(capacity, int) else least
+        least = count if isinstance(capacity, int) else (least, policy.low.needed(count))
     elif policy.budget is None and policy.grow is None:
         least = max(slots, count)
     if capacity is not None and capacity < least:

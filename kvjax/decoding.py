@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import kernels
 from kvjax.attention import attend
 from kvjax.cache import FREE, Cache, Capacity, LayerCache, LayerShape, resize
 from kvjax.checks import (
@@ -208,10 +209,10 @@ def _layer(
     return llama.finish(block, x, attended, config), cache
 
 
-run_layer = jax.jit(_layer, static_argnames=("config", "capacity"))
-run_layer_in_place = jax.jit(_layer, static_argnames=("config", "capacity"), donate_argnames="cache")
+run_layer = kernels.jit(_layer, static_argnames=("config", "capacity"))
+run_layer_in_place = kernels.jit(_layer, static_argnames=("config", "capacity"), donate_argnames="cache")
 _logits = jax.jit(llama.logits)
-_resize = jax.jit(resize, static_argnames="capacity")
+_resize = kernels.jit(resize, static_argnames=("capacity",))
 
 
 @jax.jit
@@ -332,7 +333,7 @@ def _burst(params: Params, policy: Policy, state: _State, limit: int, draw: Draw
     return state, tokens
 
 
-_burst_in_place = jax.jit(_burst, static_argnames="size", donate_argnames="state")
+_burst_in_place = kernels.jit(_burst, static_argnames=("size",), donate_argnames="state")
 
 
 def _decoded(state, tokens):

@@ -3,13 +3,36 @@
 On a CPU, and in the few calls that no kernel can do, the same operations run in plain jnp: `attention.attend_slots`.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from kvjax.cache import LayerCache
 from kvjax.policy import Mass, Policy
-from pallas_kernels import dispatch, prefill_attention, slot_attention
-from pallas_kernels.slot_attention import Packed
+from pallas_kernels import dispatch, prefill_attention, sharding, slot_attention
+
+
+def jit(function: Callable, **options) -> Callable:
+    """`jax.jit`, but traced anew where other kernels would be chosen, or rows and heads are spread otherwise."""
+    signature = inspect.signature(function)
+    choices = inspect.Parameter("choices", inspect.Parameter.KEYWORD_ONLY)
+
+    def chosen(*args, choices, **kwargs):
+        return function(*args, **kwargs)
+
+    chosen.__signature__ = signature.replace(parameters=[*signature.parameters.values(), choices])
+    statics = (*options.pop("static_argnames", ()), "choices")
+    program = jax.jit(chosen, static_argnames=statics, **options)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return program(*args, choices=(dispatch.preferred(), sharding.layout()), **kwargs)
+
+    call._cache_size = program._cache_size
+    return call
 
 
 def attention_of(q: tuple, k: tuple, v: tuple, needs: frozenset[Mass]) -> str:
@@ -95,7 +118,6 @@ def in_decode_steps(policy: Policy, layer: LayerCache) -> str:
     tiers = []
     for own, tier in zip((policy, policy.low), layer.tiers, strict=False):
         k, v = own.read(tier, jax.eval_shape(own.loaded, tier))
-        channels = k.channels if isinstance(k, Packed) else k.shape[-1]
-        q = jax.ShapeDtypeStruct((*tier.pos.shape[:2], 1, 1, channels), tier.dtype)
+        q = jax.ShapeDtypeStruct((*tier.pos.shape[:2], 1, 1, k.shape[-1]), tier.dtype)
         tiers.append((q, k, v))
     return attention_of(*zip(*tiers, strict=True), policy.needs)

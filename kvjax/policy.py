@@ -301,18 +301,19 @@ class Policy:
             return dataclasses.replace(cache, k=stored.k, v=stored.v)
         return self.stored(cache, cache.k, cache.v) if self.has_codecs else cache
 
+    def needed(self, tokens: int) -> int:
+        """Slots that a sequence of `tokens` takes in this tier: one above the budget, where the next one is written."""
+        if self.budget is not None:
+            return self.budget + 1
+        return tokens if self.grow is None else self.grow(tokens)
+
     def capacity(self, tokens: int) -> Capacity:
-        """Slots to allocate for a sequence of `tokens`: one above the budget, where the next token is written.
+        """Slots to allocate for a sequence of `tokens`, in each tier.
 
         On a TPU a multiple of 16: it lays out other numbers of slots in another order of the axes, and a kernel that
         reads them would have all of them copied in every step.
         """
-        if self.budget is not None:
-            own = self.budget + 1
-        else:
-            own = tokens if self.grow is None else self.grow(tokens)
-        if dispatch.preferred() == "tpu":
-            own = -(-own // 16) * 16
+        own = _aligned(self.needed(tokens))
         return own if self.low is None else (own, self.low.capacity(tokens))
 
     def capacity_after(self, cache: LayerCache, more: int, seen: int | None = None) -> Capacity:
@@ -324,13 +325,19 @@ class Policy:
             own = dataclasses.replace(self, low=None).capacity_after(cache, more, seen)
             return own, self.low.capacity_after(cache.low, more, seen)
         if seen is not None:
-            return max(self.capacity(seen + more), cache.slots)
-        if self.budget is not None:
-            return self.capacity(more)
-        return min(cache.slots + more, self.capacity(2**31))  # some that grow do so up to a bound
+            needed = self.needed(seen + more)
+        elif self.budget is not None:
+            needed = self.needed(more)
+        else:
+            needed = min(cache.slots + more, self.needed(2**31))  # some that grow do so up to a bound
+        return cache.slots if needed <= cache.slots else _aligned(needed)
 
     def __repr__(self) -> str:
         return self.name
+
+
+def _aligned(slots: int) -> int:
+    return -(-slots // 16) * 16 if dispatch.preferred() == "tpu" else slots
 
 
 def evict(

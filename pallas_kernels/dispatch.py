@@ -11,7 +11,7 @@ import jax
 IMPLEMENTATIONS = ("tpu", "gpu", "reference")
 LEAST_CAPABILITY = (8, 0)  # Ampere: Triton's matrix products in bf16, and enough shared memory
 
-_compiling_for = contextvars.ContextVar("compiling_for", default=None)
+_compiling_for = contextvars.ContextVar("compiling_for", default=(None, None))
 
 
 @functools.cache
@@ -33,7 +33,12 @@ def here() -> tuple[str, str]:
 
 def preferred() -> str:
     """What runs when nothing is asked for by name."""
-    return _compiling_for.get() or here()[0]
+    return _compiling_for.get()[0] or here()[0]
+
+
+def capability() -> int | None:
+    """Of the GPU that is compiled for ahead of time, such as 90; None is the one that is here."""
+    return _compiling_for.get()[1]
 
 
 def choose(operation: str, implementation: str | None, unfit: Callable[[str], str | None]) -> str:
@@ -64,12 +69,12 @@ def choose(operation: str, implementation: str | None, unfit: Callable[[str], st
 
 
 @contextlib.contextmanager
-def compiling_for(implementation: str) -> Iterator[None]:
+def compiling_for(implementation: str, capability: int | None = None) -> Iterator[None]:
     """Chooses as a machine with that implementation would, to compile ahead of time for one.
 
-    It is looked at when a program is traced: one that was traced before stays as it is.
+    It is looked at when a program is traced: one that was traced before stays as it is. `capability` is the GPU's.
     """
-    token = _compiling_for.set(implementation)
+    token = _compiling_for.set((implementation, capability))
     try:
         yield
     finally:

@@ -54,6 +54,11 @@ def spread_over(mesh: Mesh, *, rows: Axis = None, heads: Axis = None) -> Iterato
         _layout.reset(token)
 
 
+def layout() -> Layout | None:
+    """What `spread_over` says here; a program that was traced under another one is another program."""
+    return _layout.get()
+
+
 def by_row_and_head(function: Callable, args: Sequence[Any], axes: Sequence[str], out_axes: Sequence[str]) -> Any:
     """`function(*args)`, in which rows and heads are independent.
 
@@ -64,10 +69,10 @@ def by_row_and_head(function: Callable, args: Sequence[Any], axes: Sequence[str]
         axis of 1 is on every device.
       out_axes: The same of each tree of the result.
     """
-    layout = _layout.get()
-    if layout is None:
+    spread = layout()
+    if spread is None:
         return function(*args)
-    over = {"b": layout.rows, "h": layout.heads, ".": None}
+    over = {"b": spread.rows, "h": spread.heads, ".": None}
 
     def spec(lead, x):
         return PartitionSpec(*(over[name] if extent > 1 else None for name, extent in zip(lead, x.shape, strict=False)))
@@ -76,11 +81,11 @@ def by_row_and_head(function: Callable, args: Sequence[Any], axes: Sequence[str]
         return tuple(jax.tree.map(functools.partial(spec, lead), x) for x, lead in zip(trees, leads, strict=True))
 
     results = jax.eval_shape(lambda *args: tuple(function(*args)), *args)
-    spread = jax.shard_map(
+    parts = jax.shard_map(
         lambda *args: tuple(function(*args)),
-        mesh=layout.mesh,
+        mesh=spread.mesh,
         in_specs=specs(args, axes),
         out_specs=specs(results, out_axes),
         check_vma=False,  # kernels do not say over which axes their results differ
     )
-    return spread(*args)
+    return parts(*args)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
+
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it was up to Triton 3.9, which warns that this will change
@@ -87,6 +89,7 @@ def call(
         input_output_aliases=aliases,
         num_warps=num_warps,
         num_stages=num_stages,
+        compute_capability=dispatch.capability(),
         **constants,
     )
 

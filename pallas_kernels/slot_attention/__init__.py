@@ -90,8 +90,8 @@ def unfit(implementation: str, q: jax.Array, k: jax.Array | Packed, v: jax.Array
     if tpu and rows > MOST_TPU_ROWS:
         return f"q has {rows} queries for each kv_head, and the kernel takes {MOST_TPU_ROWS} at most"
     for name, x in (("k", k), ("v", v)):
-        if _channels(x) > MOST_CHANNELS:
-            return f"{name} has {_channels(x)} channels, and kernels take {MOST_CHANNELS} at most"
+        if x.shape[-1] > MOST_CHANNELS:
+            return f"{name} has {x.shape[-1]} channels, and kernels take {MOST_CHANNELS} at most"
         if not isinstance(x, Packed):
             if x.dtype != q.dtype:
                 return f"{name} is {x.dtype} and q is {q.dtype}, and kernels take one dtype"
@@ -102,10 +102,6 @@ def unfit(implementation: str, q: jax.Array, k: jax.Array | Packed, v: jax.Array
         elif tpu and x.group < LEAST_TPU_GROUP:
             return f"{name} has groups of {x.group} channels, and the kernel wants {LEAST_TPU_GROUP} at least"
     return None
-
-
-def _channels(x):
-    return x.channels if isinstance(x, Packed) else x.shape[-1]
 
 
 def _check(q, k, v, q_pos, k_pos, bias):
@@ -124,9 +120,9 @@ def _check(q, k, v, q_pos, k_pos, bias):
     slots = k_pos.shape[2]
     for name, x in (("k", k), ("v", v)):
         _check_stored(name, x, (batch, heads, slots))
-    if _channels(k) != width:
+    if k.shape[-1] != width:
         raise ValueError(
-            f"slot_attention: k has {_channels(k)} channels and q {q.shape} has {width}. Were the channels of k "
+            f"slot_attention: k has {k.shape[-1]} channels and q {q.shape} has {width}. Were the channels of k "
             f"pruned, and not those of q?"
         )
     if q_pos.shape not in ((batch, heads, queries), (batch, 1, queries)):

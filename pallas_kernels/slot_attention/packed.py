@@ -31,6 +31,11 @@ class Packed:
         """D."""
         return self.step.shape[-1] * self.group
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the vectors that are stored: (B, H, N, D)."""
+        return (*self.step.shape[:-1], self.channels)
+
     def load(self) -> jax.Array:
         """What is stored, f32[B, H, N, D]."""
         step, low = (jnp.repeat(x.astype(jnp.float32), self.group, axis=-1) for x in (self.step, self.low))

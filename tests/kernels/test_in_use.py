@@ -1,8 +1,5 @@
 """kvjax through the GPU's kernels, in Triton's interpreter: it does what it does without them."""
 
-import contextlib
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,15 +28,6 @@ WAYS = {
 }
 
 
-@contextlib.contextmanager
-def kernels():
-    """The GPU's kernels, in programs that are traced anew."""
-    jax.clear_caches()
-    with compiling_for("gpu"):
-        yield
-    jax.clear_caches()
-
-
 def run(policy):
     """Logits and caches of an uneven prompt, a short turn and two steps, one of them without one of the rows."""
     tokens, turn = random_tokens(2, 20), random_tokens(2, 3, seed=1)
@@ -54,7 +42,7 @@ def run(policy):
 def test_a_model_says_the_same_through_the_kernels(name):
     policy = WAYS[name]
     want = run(policy)
-    with kernels():
+    with compiling_for("gpu"):
         got = run(policy)
     for i, ((logits, cache), (their_logits, their_cache)) in enumerate(zip(got, want, strict=True)):
         rows = slice(1, None) if i == 3 else slice(None)  # the first row has stopped, and its logits are arbitrary
@@ -67,7 +55,7 @@ def test_a_model_says_the_same_through_the_kernels(name):
 def test_a_prompt_in_chunks_says_the_same_through_the_kernels():
     policy, tokens = policies.h2o(8, window=3), random_tokens(2, 40)
     want, _ = kvjax.prefill(PARAMS, policy, tokens, chunk=20)
-    with kernels():
+    with compiling_for("gpu"):
         got, cache = kvjax.prefill(PARAMS, policy, tokens, chunk=20)
     assert_allclose(got, want, atol=1e-4)
     assert kvjax.nbytes(cache) == CONFIG.layers * 2 * CONFIG.kv_heads * 9 * (2 * CONFIG.head_dim * 4 + 8) + 8
