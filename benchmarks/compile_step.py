@@ -158,7 +158,7 @@ def main(machines: list[str], methods: list[str], layers: int) -> None:
             gib, mib = 2**30, 2**20
             print(
                 f"{machine} x {chips}, {layers} layers, {name}: {memory.argument_size_in_bytes / gib:.2f} GiB a chip, "
-                f"{size / chips / gib:.2f} GiB of it cache, of which {memory.alias_size_in_bytes * chips / size:.1%} is "
+                f"{size / chips / gib:.2f} GiB of it cache, of that {memory.alias_size_in_bytes * chips / size:.1%} "
                 f"written in place; {memory.temp_size_in_bytes / mib:.1f} MiB of temporaries; {kernels} kernels; "
                 f"compiled in {time.perf_counter() - start:.0f} s",
                 flush=True,
