@@ -9,6 +9,7 @@ from kvjax.models.rope import Rope
 from kvjax.models.weights import Model, load
 from kvjax.policy import Policy, store
 from kvjax.report import report
+from pallas_kernels.sharding import spread_over
 
 __all__ = [
     "Cache",
@@ -28,6 +29,7 @@ __all__ = [
     "policies",
     "prefill",
     "report",
+    "spread_over",
     "step",
     "store",
     "with_heads",
