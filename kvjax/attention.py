@@ -84,13 +84,14 @@ def attend(
     kv_heads = k.shape[2]
     if cache is None:
         cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
-    _check_given(policy, cache.stats, given or {}, (batch, count), kv_heads)
+    _check_given(policy, cache.stats, {} if given is None else given, (batch, count), kv_heads)
     first = cache.slots == 0
     if isinstance(capacity, int) and policy.low is not None:
         capacity = policy.capacity(capacity)
     if count > 1 and (policy.stepwise == "always" or (policy.stepwise == "turns" and not first)):
         capacity = policy.capacity_after(cache, count) if capacity is None else capacity
         settings = {"rope": rope, "scale": scale, "sliding_window": sliding_window, "layer": layer}
+        given = {name: jnp.asarray(x) for name, x in (given or {}).items()}
         return _token_by_token(q, k, v, resize(cache, capacity), policy, positions, angles, given, settings)
 
     q = q.reshape(batch, count, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, H, G, T, D]
@@ -100,7 +101,7 @@ def attend(
         cos, sin = rope.angles(positions, head_dim) if angles is None else angles  # [B, T, D / 2]
         q, k = rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None])
     given = {
-        name: jnp.broadcast_to(x.reshape(batch, -1, count), (batch, kv_heads, count)).astype(jnp.float32)
+        name: jnp.broadcast_to(jnp.reshape(x, (batch, -1, count)), (batch, kv_heads, count)).astype(jnp.float32)
         for name, x in (given or {}).items()
     }
 
@@ -502,12 +503,15 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
 
 def _check_given(policy, stats, given, shape, heads):
     batch, count = shape
+    if not isinstance(given, dict):
+        raise ValueError(f"attend: given is a {type(given).__name__}, and must be {{name of a statistic: array}}.")
     if missing := sorted(policy.given - given.keys()):
         raise ValueError(f"attend: {policy.name} must be given {missing}, [B, T] or [B, kv_heads, T]: see given=.")
     for name, x in given.items():
         if name not in stats:
             raise ValueError(f"attend: given[{name!r}] is no statistic of {policy.name}, which has {sorted(stats)}.")
-        if x.shape not in ((batch, count), (batch, heads, count)):
+        if jnp.shape(x) not in ((batch, count), (batch, heads, count)):
             raise ValueError(
-                f"attend: given[{name!r}] has shape {x.shape}, and must be {(batch, count)} or {(batch, heads, count)}."
+                f"attend: given[{name!r}] has shape {jnp.shape(x)}, and must be {(batch, count)} or "
+                f"{(batch, heads, count)}."
             )

@@ -88,14 +88,27 @@ def check_ids(config: Config, tokens, lengths) -> None:
         )
 
 
-def check_given(policy: Policy, names, given, shape: tuple[int, int]) -> dict[str, jax.Array]:
-    """Arrays [B, T] under `names`, those of the statistics of the policy's layers."""
+def check_given(policy: Policy, names, given, shape: tuple[int, ...], heads: tuple[int, int]) -> dict[str, jax.Array]:
+    """Arrays of `shape`, [B, T] or [B], or of [L, B, H, ...], under `names`: statistics of the policy's layers."""
+    if not isinstance(given, dict):
+        raise ValueError(f"given is a {type(given).__name__}, and must be {{name of a statistic: array}}.")
+    layers, kv_heads = heads
+    each = (layers, shape[0], kv_heads, *shape[1:])
     for name, x in given.items():
         if name not in names:
             raise ValueError(f"given[{name!r}] is no statistic of {policy.name}, which has {sorted(names)}.")
-        if np.shape(x) != shape:
-            raise ValueError(f"given[{name!r}] has shape {np.shape(x)}, and must be {shape}, as tokens are.")
+        if np.shape(x) not in (shape, each):
+            raise ValueError(
+                f"given[{name!r}] has shape {np.shape(x)}, and must be {shape}, as tokens are, or {each}, with layers "
+                f"and kv_heads."
+            )
     return {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
+
+
+def given_to_layer(given: dict[str, jax.Array], names, layer: int) -> dict[str, jax.Array]:
+    """What concerns one layer: [B, T] or [B, H, T] under those `names` that it has."""
+    own = {name: x for name, x in given.items() if name in names}
+    return {name: x[layer] if x.ndim > 2 else x for name, x in own.items()}
 
 
 def check_context(config: Config, policy: Policy, start, lengths, chunk: int, room: int) -> None:

@@ -190,7 +190,7 @@ def view(
                 kept,
                 title=str(chosen),
                 subtitle=f"{model}, {len(words)} tokens",
-                reduced=viewing.reduced(cache),
+                bits=viewing.bits(cache),
                 merged=merged,
             ),
         )

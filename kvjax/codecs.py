@@ -65,7 +65,6 @@ def _same(x, fitted):
     return x
 
 
-@functools.cache  # the same object for the same settings, so that nothing is compiled twice
 def integer(bits: int, *, group: int = 32) -> Codec:
     """Rounds each token's channels, in groups, to integers of 2, 3, 4 or 8 bits, packed in words of 32.
 
@@ -81,7 +80,11 @@ def integer(bits: int, *, group: int = 32) -> Codec:
     bits = whole("integer", "bits", bits)
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"integer: bits={bits} must be 2, 3, 4 or 8.")
-    group = whole("integer", "group", group, least=1)
+    return _integer(bits, whole("integer", "group", group, least=1, mend="It is a divisor of head_dim."))
+
+
+@functools.cache  # the same object for the same settings, so that nothing is compiled twice
+def _integer(bits: int, group: int) -> Codec:
     levels = 2**bits - 1
 
     def check(head_dim):
@@ -120,7 +123,18 @@ def by_channel(codec: Codec, block: int) -> ByChannel:
     Args:
       codec: Made by `integer`; its group divides `block` and head_dim, and block x bits and D x bits fill words of 32.
       block: Tokens; a last block that is not full is filled up with zeros.
+
+    Raises:
+      ValueError: If the codec is none of `integer`, or its group does not divide `block`.
     """
+    if not isinstance(codec, Codec) or codec.group is None or codec.fit is not _nothing:
+        said = codec.name if isinstance(codec, Codec) else repr(codec)
+        raise ValueError(
+            f"by_channel: {said} rounds nothing by itself. Give a codec made by integer, such as integer(4)."
+        )
+    block = whole("by_channel", "block", block, least=1, mend="It counts tokens.")
+    if block % codec.group:
+        raise ValueError(f"by_channel: block={block} must be a multiple of {codec.name}'s group={codec.group}.")
 
     def blocks(x):
         x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)])
@@ -156,7 +170,6 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     return (codes << (bits * jnp.arange(each, dtype=jnp.uint32))).sum(axis=-1, dtype=jnp.uint32)
 
 
-@functools.cache  # the same object for the same settings, so that nothing is compiled twice
 def prune_channels(keep: int, *, window: int = 32) -> Codec:
     """Stores only those channels of the keys that count most for the last queries of the prompt, as ThinK does.
 
@@ -172,7 +185,11 @@ def prune_channels(keep: int, *, window: int = 32) -> Codec:
     Source: Xu et al. 2024, arXiv:2407.21018, without its full-width recent keys.
     """
     keep, window = whole("prune_channels", "keep", keep, least=1), whole("prune_channels", "window", window, least=1)
+    return _prune_channels(keep, window)
 
+
+@functools.cache  # the same object for the same settings, so that nothing is compiled twice
+def _prune_channels(keep: int, window: int) -> Codec:
     def check(head_dim):
         if keep >= head_dim:
             raise ValueError(f"prune_channels: keep={keep} prunes nothing of {head_dim} channels; give fewer.")
@@ -233,16 +250,22 @@ def balance() -> Codec:
     return Codec("balanced", fit, project, query, lambda x: x, lambda x: x, lambda head_dim: None)
 
 
-@functools.cache  # the same object for the same settings, so that nothing is compiled twice
 def pipe(first: Codec, then: Codec) -> Codec:
     """Two codecs, one after the other: `pipe(prune_channels(32), integer(4))`.
 
     Raises:
       ValueError: If the first already rounds: what it stores has no channels that the second could take.
     """
+    for codec in (first, then):
+        if not isinstance(codec, Codec):
+            raise ValueError(f"pipe: {codec!r} is no codec. Make one with kvjax.codecs, such as integer(4).")
     if first.group is not None:
         raise ValueError(f"pipe: {first.name} stores codes, which {then.name} cannot take. Put it last.")
+    return _pipe(first, then)
 
+
+@functools.cache  # the same object for the same settings, so that nothing is compiled twice
+def _pipe(first: Codec, then: Codec) -> Codec:
     def fit_and_project(k, there, q, asked):
         one, k = first.fitted_to(k, there, q, asked)
         two, k = then.fitted_to(k, there, q if first.query is None else first.query(q, one), asked)

@@ -7,6 +7,7 @@ compilation and not ten.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -100,21 +101,27 @@ def _think(to: Target) -> Policy | None:
 def _mikv(to: Target) -> Policy | None:
     """As many bits for the low tier as leave a fiftieth of the tokens, or more, at full precision."""
     share, high = to.bytes / to.tokens, to.slot(1)
+    group = math.gcd(to.head_dim, 32)
     for bits in (8, 4, 3, 2):
-        low = to.slot_of_integers(bits)
+        low = to.slot_of_integers(bits, group)
+        if low >= high:  # steps of small groups take more than rounding saves
+            continue
         ratio = int(1000 * (share - low) / (high - low)) / 1000
         if ratio >= 0.02:
-            return policies.mikv(min(ratio, 1.0), low_bits=bits)
+            return policies.mikv(min(ratio, 1.0), low_bits=bits, group=group)
     return None
 
 
 def _kivi(to: Target) -> Policy | None:
     """As many bits as there is room for, and then as many whole tokens."""
-    for bits in (8, 4, 2):
+    group = math.gcd(to.head_dim, 32)
+    for bits in (8, 4, 3, 2):
+        if to.head_dim * bits % 32:  # channels must fill words
+            continue
         for residual in (128, 64, 32):
             whole = (2 * residual + 1) * to.head_dim * to.number
-            if to.tokens * to.slot_of_integers(bits) + whole <= to.bytes:
-                return policies.kivi(bits, residual=residual)
+            if to.tokens * to.slot_of_integers(bits, group) + whole <= to.bytes:
+                return policies.kivi(bits, group=group, residual=residual)
     return None
 
 

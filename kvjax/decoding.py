@@ -27,6 +27,7 @@ from kvjax.checks import (
     check_step,
     check_stop,
     check_tokens,
+    given_to_layer,
     known,
 )
 from kvjax.counts import whole
@@ -76,7 +77,8 @@ def prefill(
       chunk: Reads this many tokens at a time, and evicts after each, so that no layer is ever at full length. The
         policy then chooses from less; None reads all at once and evicts at the end.
       room: Tokens to leave room for, for policies that keep every token (`full`); the others have their budget.
-      given: What is known of the tokens beforehand, {name of a statistic of the policy: [B, T]}; see `attend`.
+      given: What is known of the tokens beforehand, {name of a statistic of the policy: [B, T], or [L, B, H, T] where
+        layers and kv_heads differ}; see `attend`.
 
     Returns:
       Logits f32[B, V] of each row's last token, and the cache.
@@ -103,18 +105,13 @@ def prefill(
 
     layers = [None] * len(params.blocks) if cache is None else list(cache.layers)
     policies = policy.of_layers(len(layers))
-    names = [()] * len(layers)  # of each layer's statistics, where some are given
-    if given:
-        names = [layer.stats for layer in jax.eval_shape(lambda: empty_cache(params, policy, batch)).layers]
-    given = check_given(policy, frozenset().union(*names), given or {}, (batch, count))
+    given, names = _given(params, policy, given, (batch, count))
     seen = int(np.max(start)) if known(start) else None
 
     capacities = [
         own.capacity(count + room) if layer is None else own.capacity_after(layer, count + room, seen)
         for own, layer in zip(policies, layers, strict=True)
     ]
-    if seen == 0 and chunk == count:  # an empty cache is where a prompt starts, which such policies must see whole
-        layers = [None if own.stepwise == "turns" else layer for own, layer in zip(policies, layers, strict=True)]
     for own in set(policies):
         if chunk < count and not seen and own.stepwise == "turns":
             raise ValueError(f"prefill: {own.name} must see a prompt whole; leave out chunk={chunk}.")
@@ -123,7 +120,12 @@ def prefill(
         if cache is None:
             layers = list(empty_cache(params, policy, batch, tokens=count + room).layers)
         layers = [_resize(layer, capacity) for layer, capacity in zip(layers, capacities, strict=True)]
-        tokens, given = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, -count % chunk))), (tokens, given))
+    if seen == 0 or cache is None:  # where a sequence begins, some policies must know it: their first call is exact
+        begins = [own.stepwise == "turns" or own.begins_exactly for own in policies]
+        layers = [None if begin else layer for begin, layer in zip(begins, layers, strict=True)]
+    if chunk < count:
+        pad = -count % chunk
+        tokens, given = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)]), (tokens, given))
 
     last = jnp.zeros((batch, params.config.width), params.embed.dtype)
     for at in range(0, count, chunk):
@@ -131,7 +133,7 @@ def prefill(
         positions = jnp.where(positions < lengths[:, None], start[:, None] + positions, FREE)
         x, angles = _embed(params, tokens[:, at : at + chunk], positions)
         for i, (block, own) in enumerate(zip(params.blocks, policies, strict=True)):
-            theirs = {name: x[:, at : at + chunk] for name, x in given.items() if name in names[i]}
+            theirs = {name: x[..., at : at + chunk] for name, x in given_to_layer(given, names[i], i).items()}
             x, layers[i] = run_layer(
                 block, x, layers[i], positions, angles, i, own, params.config, capacities[i], theirs
             )
@@ -139,7 +141,22 @@ def prefill(
     return _logits(params, last), Cache(tuple(layers), start + lengths, policy, params.config)
 
 
-def step(params: Params, policy: Policy, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def _given(params, policy, given, shape):
+    """What was given as arrays, checked, and the names of each layer's statistics, if there is any."""
+    config = params.config
+    names = [()] * config.layers
+    given = {} if given is None else given
+    if isinstance(given, dict) and given:
+        layers = jax.eval_shape(lambda: empty_cache(params, policy, shape[0])).layers
+        names = [layer.stats for layer in layers]
+    known = frozenset().union(*names)
+    given = check_given(policy, known, given, shape, (config.layers, config.kv_heads))
+    return given, names
+
+
+def step(
+    params: Params, policy: Policy, token: jax.Array, cache: Cache, *, given: dict[str, jax.Array] | None = None
+) -> tuple[jax.Array, Cache]:
     """Reads one token a row.
 
     Compile it with the cache donated, and nothing of the cache's size is copied:
@@ -150,6 +167,7 @@ def step(params: Params, policy: Policy, token: jax.Array, cache: Cache) -> tupl
       policy: That of `cache`.
       token: i32[B]; -1 in a row that has stopped, which then changes nothing.
       cache: What prefill or an earlier step returned.
+      given: As in `prefill`, of one token: [B], or [L, B, H].
 
     Returns:
       Logits f32[B, V] of what follows (arbitrary for a row that has stopped), and the cache.
@@ -162,18 +180,22 @@ def step(params: Params, policy: Policy, token: jax.Array, cache: Cache) -> tupl
     check_policy(policy)
     token = as_array("token", token)
     check_step(params, policy, token, cache)
-    return step_with(run_layer, params, policy, token, cache)
+    return step_with(run_layer, params, policy, token, cache, given)
 
 
-def step_with(layer_program: Callable, params: Params, policy: Policy, token: jax.Array, cache: Cache):
+def step_with(layer_program: Callable, params: Params, policy: Policy, token: jax.Array, cache: Cache, given=None):
     """`step` with a choice of the program that runs each layer: `run_layer`, or `run_layer_in_place`."""
+    given, names = _given(params, policy, given, token.shape)
     active = token >= 0
     positions = jnp.where(active, cache.length, FREE)[:, None]
     x, angles = _embed(params, token[:, None], positions)
     layers = []
     policies = policy.of_layers(len(cache.layers))
     for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
-        x, layer = layer_program(block, x, layer, positions, angles, i, policies[i], params.config, layer.capacity)
+        theirs = {name: x[..., None] for name, x in given_to_layer(given, names[i], i).items()}
+        x, layer = layer_program(
+            block, x, layer, positions, angles, i, policies[i], params.config, layer.capacity, theirs
+        )
         layers.append(layer)
     return _logits(params, x[:, 0]), Cache(tuple(layers), cache.length + active, policy, params.config)
 
@@ -275,6 +297,13 @@ def decode(
         "decode", "max_new_tokens", max_new_tokens, least=1, mend="kvjax.prefill reads and says nothing."
     )
     tokens = as_array("tokens", tokens)
+    check_policy(policy)
+    for own in policy.of_layers(params.config.layers):
+        if own.given:
+            raise ValueError(
+                f"decode: {own.name} must be given {sorted(own.given)} with each token, and tokens to come are not "
+                f"known. Take kvjax.prefill and kvjax.step, which have given=."
+            )
     draw, stop = make_draw(temperature, top_k, top_p), check_stop(params.config, stop)
     keys = row_keys(key, check_tokens(tokens)[0])
     logits, new_cache = prefill(

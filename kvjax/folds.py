@@ -1,10 +1,14 @@
-"""Fates: what becomes of the tokens that lose their slot. Each is what `policy.evict` takes as `fate`.
+"""Fates: what becomes of the tokens that lose their slot.
+
+What `policy.evict` takes as `fate` is (cache, kept, seen, most) -> the cache without its losers: `into_nearest`, say.
+`fold` and `spread` are what such functions are made of, as in `policies/d2o.py` and `cam.py`.
 
 A loser is folded into kept slots: a part of its key and value is added to theirs. Positions and statistics of those
 stay. Losers are few (one, in a decode step), so they are gathered: E losers a head, in the order of their positions.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,6 +23,21 @@ from pallas_kernels.topk_slots import topk_slots
 BLOCK = 256  # losers that are compared with all kept keys at once
 FEW = 64  # losers up to which a fold writes rows, and not whole buffers
 LAST = jnp.iinfo(jnp.int32).max  # a position behind all others
+
+
+def into_nearest(similar: float = 0.0) -> Callable:
+    """A fate: each loser joins the kept token whose key points most like its own, if their cosine reaches `similar`.
+
+    Key and value become means, in which a loser weighs exp(cosine - 1) and the kept token 1. All others are dropped.
+    """
+
+    def fate(cache, kept, seen, most):
+        losers = gather_losers(cache, kept, most)
+        target, cosine = nearest(cache, kept, losers)
+        weight = jnp.where(cosine >= similar, jnp.exp(cosine - 1), 0.0)
+        return fold(cache, kept, losers, target, weight, weight, seen)
+
+    return fate
 
 
 class Losers(NamedTuple):

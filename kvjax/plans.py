@@ -154,7 +154,8 @@ def pyramidkv(layers: int, budget: int, *, window: int = 64, pool: int = 5, stee
       budget: Slots of a layer on average, window included.
       window: See `policies.snapkv`.
       pool: See `policies.snapkv`.
-      steepness: The last layer gets (budget - window) / steepness slots beside its window; 1 gives all the same.
+      steepness: The last layer gets (budget - window) / steepness slots beside its window, but at least one; 1 gives
+        all the same.
 
     Source: the paper. Differs: running sums are rounded, and not budgets, so that the total is exact.
     """
@@ -163,7 +164,7 @@ def pyramidkv(layers: int, budget: int, *, window: int = 64, pool: int = 5, stee
         raise ValueError(f"pyramidkv: window={window} is outside 1..{budget - 1}, and part of budget={budget}.")
     if not steepness >= 1:
         raise ValueError(f"pyramidkv: steepness={steepness} must be at least 1.")
-    last = (budget - window) / steepness
+    last = max(1.0, (budget - window) / steepness)
     places = np.linspace(2 * (budget - window) - last, last, layers) if layers > 1 else np.array([budget - window])
     sizes = np.diff(np.round(np.cumsum(places)), prepend=0).astype(int)
-    return by_layer([policies.snapkv(window + max(1, int(size)), window=window, pool=pool) for size in sizes])
+    return by_layer([policies.snapkv(window + int(size), window=window, pool=pool) for size in sizes])

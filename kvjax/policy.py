@@ -107,13 +107,14 @@ class Form(NamedTuple):
       loaded: (stored LayerCache) -> the same with vectors.
       settled: (LayerCache after `update`, with vectors; the stored one before, which in a decode step is what `written`
         made, or None at the start; Seen) -> the layer to store.
-      rounded: (stored LayerCache) -> bool[B, H, N], the slots that do not hold what they were given.
+      rounded: (stored LayerCache) -> two bool[B, H, N], the slots whose key and whose value is read from k and from v
+        of the cache, and no longer held as it was given.
     """
 
     written: Callable[..., LayerCache]
     loaded: Callable[[LayerCache], LayerCache]
     settled: Callable[[LayerCache, LayerCache | None, Seen | None], LayerCache]
-    rounded: Callable[[LayerCache], jax.Array]
+    rounded: Callable[[LayerCache], tuple[jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_static
@@ -186,16 +187,34 @@ class Policy:
         cache = self.fit(cache, cache.k, cache.v, cache.pos != FREE, q, jnp.full((shape.batch, 1), FREE))
         return self.stored(cache, *self.projected(cache.k, cache.v, cache.fitted))
 
-    def reduced(self, cache: LayerCache) -> jax.Array:
-        """The slots of this tier, bool[B, H, N], that hold a token in another form than it was given."""
-        if self.form is not None:
-            return self.form.rounded(cache) & (cache.pos != FREE)
-        return (cache.pos != FREE) & self.has_codecs
+    def bits(self, cache: LayerCache) -> jax.Array:
+        """Bits of a number of each token in this tier, i32[B, H, N], as it is stored; 0 for a free slot.
+
+        A mean over the channels of key and value, rounded. A pruned channel counts as 0 bits, a code as its own
+        without its group's step and minimum.
+        """
+        channels = jax.eval_shape(self.loaded, cache).v.shape[-1]  # those of values are never pruned
+        full = 8 * jnp.dtype(cache.dtype).itemsize * channels
+        coded = (True, True) if self.form is None else self.form.rounded(cache)
+
+        def stored(x):  # bits of a vector
+            if isinstance(x, Packed):
+                return x.bits * x.channels
+            return sum(8 * leaf.dtype.itemsize * leaf.size // max(cache.pos.size, 1) for leaf in jax.tree.leaves(x))
+
+        both = sum(jnp.where(mine, stored(x), full) for mine, x in zip(coded, (cache.k, cache.v), strict=True))
+        return jnp.where(cache.pos != FREE, jnp.round(both / (2 * channels)), 0).astype(jnp.int32)
 
     @property
     def has_codecs(self) -> bool:
         """Whether keys or values are stored in another form."""
         return self.keys is not None or self.values is not None
+
+    @property
+    def begins_exactly(self) -> bool:
+        """Whether a sequence's first call must meet no slots: its keys are projected once it is known how."""
+        tiers = (self,) if self.low is None else (self, self.low)
+        return any(tier.keys is not None and tier.keys.query is not None for tier in tiers)
 
     def first(self, cache: LayerCache, seen: Seen, capacity: int) -> LayerCache:
         """What is kept of a sequence's first call, whose keys and values attention saw as they came."""
@@ -368,6 +387,11 @@ def evict(
       grow: See `Policy`.
     """
 
+    if not isinstance(scorer, Scorer):
+        raise ValueError(f"evict: scorer={scorer!r} is no Scorer; kvjax.scorers makes some, such as attention_mass().")
+    if budget is not None:
+        budget = whole("evict", "budget", budget, least=1, mend="None keeps every token.")
+
     def init(shape):
         return empty(shape, scorer.stats, scorer.carry(shape))
 
@@ -396,8 +420,9 @@ def evict(
 def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = None) -> Policy:
     """The same policy, with keys or values stored in another form: `store(h2o(256, window=64), keys=integer(4))`.
 
-    A prompt's own attention is exact; then what is kept is fitted, projected and stored. Later tokens are stored as
-    they arrive, and attended to in that form. What a policy folds is stored again, which rounds it again.
+    A prompt's own attention is exact, or that of its first chunk; then what is kept is fitted, projected and stored.
+    Later tokens are stored as they arrive, and attended to in that form. What a policy folds is stored again, which
+    rounds it again. Under the caller's jit a cache that is given counts as one that has seen tokens.
 
     Raises:
       ValueError: If the codecs do not fit the policy, or one another.
@@ -413,6 +438,9 @@ def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = N
         )
     if policy.form is not None:
         raise ValueError(f"store: {policy.name} has a form of its own, which no codec can read.")
+    for kind, codec in (("keys", keys), ("values", values)):
+        if codec is not None and not isinstance(codec, Codec):
+            raise ValueError(f"store: {kind}={codec!r} is no codec. Make one with kvjax.codecs, such as integer(4).")
     if keys is None and values is None:
         raise ValueError("store: give a codec, keys= or values=, such as codecs.integer(4).")
     if values is not None and values.query is not None:
@@ -450,19 +478,22 @@ def method(make: Callable[..., Policy]) -> Callable[..., Policy]:
     signature = inspect.signature(make)
 
     @functools.cache
-    def made(settings: tuple[tuple[str, Any], ...]) -> Policy:
-        said = [f"{key}={value!r}" for key, value in settings if value != signature.parameters[key].default]
+    def made(settings: tuple[tuple[str, Any, type], ...]) -> Policy:
+        said = [f"{key}={value!r}" for key, value, _ in settings if value != signature.parameters[key].default]
         name = f"{make.__name__}({', '.join(said)})"
-        return dataclasses.replace(make(**dict(settings)), name=name)
+        return dataclasses.replace(make(**{key: value for key, value, _ in settings}), name=name)
 
     @functools.wraps(make)
     def wrapper(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         counts = {key for key, parameter in signature.parameters.items() if parameter.annotation is int}
-        settings = bound.arguments.items()
-        return made(
-            tuple((key, whole(make.__name__, key, value) if key in counts else value) for key, value in settings)
-        )
+        settings = []
+        for key, value in bound.arguments.items():
+            value = whole(make.__name__, key, value) if key in counts else value
+            if value.__hash__ is None:
+                raise ValueError(f"{make.__name__}: {key}={value!r} is a {type(value).__name__}, which no setting is.")
+            settings.append((key, value, type(value)))  # the type, since True == 1.0
+        return made(tuple(settings))
 
     return wrapper

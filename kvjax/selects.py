@@ -1,4 +1,9 @@
-"""Selections: which slots stay, given their scores. Each is (score, pos, budget, most) -> kept bool[B, H, N]."""
+"""Selections: which slots stay, given their scores.
+
+What `policy.evict` takes as `select` is (score, pos, budget, most) -> kept bool[B, H, N]: `top_k`, or `above(0.5)`.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +29,18 @@ def _worth(score, pos):
     """Scores that can be ordered; nan, where attention overflowed, is the least: a token is more than no token."""
     lowest = jnp.finfo(score.dtype).min
     return jnp.where(pos == FREE, -jnp.inf, jnp.where(score > lowest, score, lowest))
+
+
+def above(threshold: float) -> Callable:
+    """A selection: of the `top_k` slots, those with a score above `threshold`; the budget is a bound, and no aim.
+
+    What is protected has the score +inf, and stays. Bytes are those of the budget; `kvjax.report` says what is used.
+    """
+
+    def select(score, pos, budget, most=None):
+        return top_k(score, pos, budget, most) & (score > threshold)
+
+    return select
 
 
 def top_k(score: jax.Array, pos: jax.Array, budget: int, most: int | None = None) -> jax.Array:

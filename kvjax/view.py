@@ -1,7 +1,8 @@
-"""A page that shows which tokens of a prompt each layer and head keeps, how whole, and what they merge: `kvjax view`.
+"""A page that shows which tokens of a prompt each layer and head keeps, at how many bits, and what they merge.
 
-The page is `view.html` with the title and the data filled in; it needs no network and no server. The data is packed,
-one bit a position, layer and head, so a prompt of 8000 tokens in 32 layers of 8 heads is a page of 0.5 MB.
+`kvjax view` writes it: `view.html` with the title and the data filled in, which needs no network and no server. What is
+kept is packed, one bit a position, layer and head, so a prompt of 8000 tokens in 32 layers of 8 heads is a page of
+0.5 MB; bits of two kinds double that, and merges take 4 bytes where what is kept takes a bit.
 """
 
 import base64
@@ -19,8 +20,14 @@ import numpy as np
 
 from kvjax.cache import FREE, Cache, LayerShape, resize
 from kvjax.decoding import prefill
+from kvjax.folds import at, first_best
 from kvjax.models.llama import Params
 from kvjax.policy import Policy
+from pallas_kernels import dispatch
+
+AT_ONCE = 512  # tokens whose values are followed together: each is a channel more
+LARGE = 2.0**64  # of a mark, so that the smallest weight of f32 leaves something of it
+NOT_SOUGHT = "Merged tokens were not looked for; they can be shown for a prompt that is read whole."
 
 
 def kept(cache: Cache) -> np.ndarray:
@@ -34,55 +41,104 @@ def kept(cache: Cache) -> np.ndarray:
     return held
 
 
-def reduced(cache: Cache) -> np.ndarray:
-    """Which of the kept positions of row 0 are not held as they came, but at fewer bits or channels: bool[L, H, n]."""
-    held = np.zeros((len(cache.layers), cache.config.kv_heads, int(cache.length[0])), bool)
+def bits(cache: Cache) -> np.ndarray:
+    """Bits of a number of each kept position of row 0, see `Policy.bits`, and 0 for the others: u8[L, H, n]."""
+    held = np.zeros((len(cache.layers), cache.config.kv_heads, int(cache.length[0])), np.uint8)
     for i, layer in enumerate(cache.layers):
         for tier in layer.tiers:
-            head, slot = np.nonzero(np.asarray(tier.made_by.reduced(tier)[0]))
-            held[i, head, np.asarray(tier.pos[0])[head, slot]] = True
+            pos = np.asarray(tier.pos[0])  # [H, N]
+            head, slot = np.nonzero(pos != FREE)
+            held[i, head, pos[head, slot]] = np.asarray(tier.made_by.bits(tier)[0])[head, slot]
     return held
 
 
-def merged(params: Params, policy: Policy, tokens: jax.Array) -> np.ndarray | None:
-    """Into which position each position of a prompt went, where its value lives on in another's: i32[L, H, n].
+def reduced(cache: Cache) -> np.ndarray:
+    """Which of the kept positions of row 0 are not held as they came, but at fewer bits or channels: bool[L, H, n]."""
+    full = np.array([8 * jnp.dtype(layer.dtype).itemsize for layer in cache.layers])
+    return kept(cache) & (bits(cache) < full[:, None, None])
 
-    -1 for those that are kept, or lost; None for policies that fold nothing, or do not choose when a prompt ends.
-    Reads the prompt i32[1, n] once more, with values that carry a mark for each token; folding is linear in them.
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What `merged` found. Where nothing was merged, indexing fails: look at `why` first.
+
+    Attributes:
+      into: i32[L, H, n], the kept position that has the largest part of each position's value; -1 for those that are
+        kept, or lost. None where none was merged. Indexing this object indexes it.
+      parts: i32[L, H, n], how many kept positions have a part of it; or None.
+      why: Why there is none, for the reader of the page; "" where there are some.
     """
-    if policy.layers or policy.form is not None or policy.low is not None or policy.stepwise == "always":
-        return None
-    _, cache = prefill(params, _marking(policy), tokens)
-    into = np.stack([np.asarray(layer.carry[0]) for layer in cache.layers])
-    return into if (into >= 0).any() else None
+
+    into: np.ndarray | None
+    parts: np.ndarray | None
+    why: str
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self.into[index]
+
+
+def merged(params: Params, policy: Policy, tokens: jax.Array) -> Merged:
+    """Into which position each position of a prompt went, where its value lives on in another's.
+
+    Reads the prompt i32[1, n] once more, whole, and follows each token's value through the choice at its end, however
+    small the part of it that is left. Values are followed before codecs round them.
+    """
+    parts = policy.of_layers(len(params.blocks))
+    if any(own.stepwise == "always" for own in parts):
+        return Merged(None, None, "Merged tokens are not shown: this method reads a prompt token by token.")
+    if any(own.given for own in parts):
+        return Merged(None, None, "Merged tokens are not shown: this method must be given statistics of the tokens.")
+    _, cache = prefill(params, _tracing(policy), tokens)
+    into, parts = (np.stack([np.asarray(layer.carry[i][0]) for layer in cache.layers]) for i in range(2))
+    return Merged(into, parts, "") if (into >= 0).any() else Merged(None, None, "No token is merged into another.")
 
 
 @functools.cache
-def _marking(policy: Policy) -> Policy:
-    """A policy that keeps nothing but which token of a prompt `policy` folds into which, i32[B, H, n]."""
-    small = 1e-3  # of a mark beside a value: methods that compare values must not be led by it
+def _tracing(policy: Policy) -> Policy:
+    """A policy that keeps nothing but where `policy` puts the value of each token of a prompt: carry i32[2][B, H, n].
+
+    What it puts into a slot is linear in the values once the choice is made. So the share of a token is a derivative:
+    along a channel more, which is 0 and cannot lead the choice, but in whose direction this token alone has a 1.
+    """
+    if policy.layers:
+        return dataclasses.replace(policy, layers=tuple(map(_tracing, policy.layers)))
 
     def init(shape):
         return dataclasses.replace(policy.init(shape), stats={}, carry=shape.layer)
 
     def update(cache, seen, capacity):
         batch, heads, slots, head_dim = cache.k.shape
-        shape = LayerShape(batch, heads, slots, head_dim, cache.k.dtype, cache.carry)
-        fresh, v = policy.init(shape), cache.v.astype(jnp.float32)
-        size = small * jnp.sqrt(jnp.square(v).mean())
-        marks = jnp.broadcast_to(size * jnp.eye(slots), (batch, heads, slots, slots))
-        own = dataclasses.replace(
-            cache, v=jnp.concatenate([v, marks], axis=-1), stats=fresh.stats, carry=fresh.carry, made_by=policy
-        )
-        done = policy.update(own, seen, policy.capacity(capacity))
-        share = done.v[..., head_dim:] / size * (done.pos != FREE)[..., None]  # [B, H, C, n], of each token in a slot
-        target = jnp.take_along_axis(done.pos, share.argmax(axis=2), axis=2)
-        moved = (share.max(axis=2) > 1e-2) & (target != cache.pos)
-        kept = (done.pos[:, :, :, None] == cache.pos[:, :, None]).any(axis=2)
-        empty = resize(dataclasses.replace(cache, k=cache.k[:, :, :1], v=cache.v[:, :, :1], pos=cache.pos[:, :, :1]), 1)
-        return empty.with_carry(jnp.where(moved & ~kept, target, -1))
+        shape = LayerShape(batch, heads, slots, head_dim, cache.dtype, cache.carry)
+        fresh, count = policy.init(shape), min(slots, AT_ONCE)
+        low = () if policy.low is None else policy.low.empty(dataclasses.replace(shape, slots=0))
 
-    return Policy("marking", None, policy.needs, init, update, policy.ranks)
+        def follow(first):  # the tokens in slots first.., as many as `mark` has channels
+            def values_after(v):
+                own = dataclasses.replace(
+                    cache, v=v, stats=fresh.stats, carry=fresh.carry, low=low, made_by=policy, dtype=v.dtype
+                )
+                tiers = policy.update(own, seen, policy.capacity(slots)).tiers
+                return tuple(jnp.concatenate([getattr(tier, leaf) for tier in tiers], axis=2) for leaf in ("v", "pos"))
+
+            v = jnp.pad(cache.v.astype(jnp.float32), [(0, 0)] * 3 + [(0, count)])
+            mark = LARGE * (jnp.arange(slots)[:, None] - first == jnp.arange(count))
+            mark = jnp.broadcast_to(jnp.pad(mark, [(0, 0), (head_dim, 0)]), v.shape)
+            _, share, pos = jax.jvp(values_after, (v,), (mark,), has_aux=True)
+            share = jnp.where((pos != FREE)[..., None], jnp.abs(share[..., head_dim:]), 0.0).swapaxes(2, 3)
+            place, _ = first_best(share, pos[:, :, None])
+            return at(pos, place), (share > 0).sum(axis=-1), pos
+
+        def joined(x):  # [blocks, B, H, count] -> [B, H, slots]
+            return jnp.moveaxis(x, 0, 2).reshape(batch, heads, -1)[..., :slots]
+
+        with dispatch.compiling_for("reference"):  # a kernel has no derivative
+            into, parts, pos = jax.lax.map(follow, jnp.arange(0, slots, count))
+        into, parts = joined(into), joined(parts)
+        gone = (parts > 0) & ~(pos[0][:, :, None] == cache.pos[..., None]).any(axis=-1)
+        empty = resize(dataclasses.replace(cache, k=cache.k[:, :, :1], v=cache.v[:, :, :1], pos=cache.pos[:, :, :1]), 1)
+        return empty.with_carry((jnp.where(gone, into, -1), jnp.where(gone, parts, 0)))
+
+    return Policy("tracing", None, policy.needs, init, update, policy.ranks)
 
 
 def page(
@@ -91,8 +147,8 @@ def page(
     *,
     title: str,
     subtitle: str = "",
-    reduced: np.ndarray | None = None,
-    merged: np.ndarray | None = None,
+    bits: np.ndarray | None = None,
+    merged: Merged | None = None,
 ) -> str:
     """One HTML page: the text with each token shaded by how many heads keep it, and the kept positions per head.
 
@@ -103,8 +159,8 @@ def page(
       kept: bool[L, H, n], see `kept`.
       title: Heading of the page, such as the policy.
       subtitle: A line beneath it, such as the model.
-      reduced: bool[L, H, n], see `reduced`; None where all that is kept is whole.
-      merged: i32[L, H, n], see `merged`; None where nothing is folded.
+      bits: u8[L, H, n], see `bits`; None says nothing about them, and all that is kept looks alike.
+      merged: See `merged`; None says that it was not looked for.
 
     Returns:
       The page, without a reference to anything outside it.
@@ -122,7 +178,8 @@ def page(
             f"page: there are {len(tokens)} tokens and kept has {kept.shape[-1]} positions. "
             f"Give the text of every token that the cache has seen."
         )
-    for name, more in (("reduced", reduced), ("merged", merged)):
+    merged = Merged(None, None, NOT_SOUGHT) if merged is None else merged
+    for name, more in (("bits", bits), ("merged.into", merged.into), ("merged.parts", merged.parts)):
         if more is not None and more.shape != kept.shape:
             raise ValueError(
                 f"page: {name} has shape {list(more.shape)} and must have that of kept, {list(kept.shape)}."
@@ -132,17 +189,31 @@ def page(
         "layers": layers,
         "heads": heads,
         "tokens": list(tokens),
-        "kept": _bits(kept),
-        "reduced": None if reduced is None or not reduced.any() else _bits(reduced),
-        "merged": None if merged is None else base64.b64encode(merged.astype("<i4").tobytes()).decode(),
+        "kept": _packed(kept),
+        "bits": None if bits is None else _by_level(np.where(kept, bits, 0)),
+        "into": None if merged.into is None else _base64(merged.into.astype("<i4")),
+        "parts": None if merged.parts is None or merged.parts.max() < 2 else _base64(merged.parts.astype("<i4")),
+        "why": merged.why,
     }
     fill = {"title": html.escape(title), "subtitle": html.escape(subtitle), "data": _embed(data)}
     template = importlib.resources.files("kvjax").joinpath("view.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fill[match[1]], template)  # one pass: a title may hold braces
 
 
-def _bits(held: np.ndarray) -> str:
-    return base64.b64encode(np.packbits(held, axis=-1, bitorder="little")).decode()
+def _by_level(bits: np.ndarray) -> dict:
+    """Numbers of bits other than 0, ascending, and for each kept position which of them it is, a plane for a digit."""
+    levels = np.unique(bits[bits > 0])
+    which = np.searchsorted(levels, bits)
+    planes = [_packed((which >> digit & 1).astype(bool)) for digit in range(max(len(levels) - 1, 0).bit_length())]
+    return {"levels": levels.tolist(), "planes": planes}
+
+
+def _packed(held: np.ndarray) -> str:
+    return _base64(np.packbits(held, axis=-1, bitorder="little"))
+
+
+def _base64(x: np.ndarray) -> str:
+    return base64.b64encode(x.tobytes()).decode()
 
 
 def _embed(data: object) -> str:

@@ -89,7 +89,7 @@ def call(
         input_output_aliases=aliases,
         num_warps=num_warps,
         num_stages=num_stages,
-        compute_capability=dispatch.capability(),
+        **({} if dispatch.capability() is None else {"compute_capability": dispatch.capability()}),
         **constants,
     )
 

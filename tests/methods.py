@@ -155,6 +155,10 @@ POLICIES = {
         lambda budget: policies.mikv(0.5 if budget < 20 else 1.0, low_bits=4, group=4),
         lambda budget, **kw: mikv.run(ratio=0.5, low_bits=4, group=4, **kw),
     ),
+    "elastic_cache": Row(
+        lambda budget: policies.elastic_cache(0.5 if budget < 20 else 0.0, distance=3),
+        lambda budget, **kw: elastic_cache.run(r=0.5, distance=3, **kw),
+    ),
     "kivi": Row(
         lambda budget: policies.kivi(4, group=4, residual=8 if budget < 20 else -(-budget // 8) * 8),
         lambda budget, **kw: all_kept(kivi.run(bits=4, group=4, residual=8, **kw)),
@@ -247,9 +251,9 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget: policies.mikv(0.4, low_bits=4, group=4, mass="mean"),
         lambda budget, **kw: mikv.run(ratio=0.4, low_bits=4, group=4, mean=True, **kw),
     ),
-    "elastic_cache": Row(
-        lambda budget: policies.elastic_cache(0.5, distance=3),
-        lambda budget, **kw: elastic_cache.run(r=0.5, distance=3, **kw),
+    "elastic_cache(evict)": Row(
+        lambda budget: policies.elastic_cache(0.6, losers="evict", distance=2),
+        lambda budget, **kw: elastic_cache.run(r=0.6, stage1="evict", distance=2, **kw),
     ),
     "elastic_cache(most)": Row(
         lambda budget: policies.elastic_cache(0.7, sinks=2, last=2, distance=1),

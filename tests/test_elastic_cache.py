@@ -64,7 +64,7 @@ def test_marks_are_for_the_model_too_and_more_of_them_than_the_share_are_let_go(
     assert [kept_positions(layer, 1) for layer in marked.layers] == [kept_positions(layer, 1) for layer in plain.layers]
     with pytest.raises(ValueError, match="'visual'.*no statistic of elastic_cache.*'permanent'"):
         kvjax.prefill(PARAMS, HALF, TOKENS, given={"visual": mask})
-    with pytest.raises(ValueError, match="shape .3, 5., and must be .3, 24."):
+    with pytest.raises(ValueError, match="shape .3, 5., and must be .3, 24., as tokens are"):
         kvjax.prefill(PARAMS, HALF, TOKENS, given={"permanent": mask[:, :5]})
 
 

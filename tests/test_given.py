@@ -1,5 +1,7 @@
 """What a caller hands over with each token: the hooks that trained heads use."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from kvjax import policies, scorers
 from kvjax.policy import evict
 from kvjax.tiers import demote
 from tests.methods import kept_positions
+from tests.tiny import CONFIG, random_params, random_tokens
 
 LEARNED = evict(scorers.given("worth"), budget=4)  # as a retaining head would choose
 
@@ -112,3 +115,35 @@ def test_statistics_that_are_not_given_start_at_nothing():
         q, k, v, None, h2o, positions=positions, given={"mass": jnp.eye(5)[1:2].repeat(2, 0) * 99}
     )
     assert all(1 in head for head in kept_positions(favoured, 0))
+
+
+def test_a_model_takes_scores_for_each_layer_and_head_in_prompt_chunk_and_step():
+    params, tokens = random_params(), random_tokens(2, 12)
+    rng = np.random.default_rng(3)
+    worth = rng.standard_normal((CONFIG.layers, 2, CONFIG.kv_heads, 13), dtype=np.float32)
+    for chunk in (None, 5):
+        _, cache = kvjax.prefill(params, LEARNED, tokens, chunk=chunk, given={"worth": worth[..., :12]})
+        _, cache = kvjax.step(params, LEARNED, tokens[:, 0], cache, given={"worth": worth[..., 12]})
+        for i, layer in enumerate(cache.layers):
+            for b, head in itertools.product(range(2), range(CONFIG.kv_heads)):
+                best = sorted(range(13), key=lambda p, i=i, b=b, head=head: -worth[i, b, head, p])[:4]
+                assert kept_positions(layer, b)[head] == sorted(best)
+
+
+def test_one_score_for_all_layers_does_too():
+    params, tokens = random_params(), random_tokens(1, 6)
+    worth = np.array([[3.0, 9, 1, 8, 7, 2]])
+    _, cache = kvjax.prefill(params, LEARNED, tokens, given={"worth": worth.tolist()})
+    assert all(kept_positions(layer, 0) == [[0, 1, 3, 4]] * CONFIG.kv_heads for layer in cache.layers)
+    _, cache = kvjax.step(params, LEARNED, tokens[:, 0], cache, given={"worth": [5.0]})
+    assert all(kept_positions(layer, 0) == [[1, 3, 4, 6]] * CONFIG.kv_heads for layer in cache.layers)
+
+
+def test_the_model_refuses_what_it_is_not_given():
+    params, tokens = random_params(), random_tokens(1, 6)
+    with pytest.raises(ValueError, match=r"decode: .* must be given \['worth'\].*Take kvjax.prefill and kvjax.step"):
+        kvjax.decode(params, LEARNED, tokens, max_new_tokens=2, given={"worth": np.zeros((1, 6))})
+    with pytest.raises(ValueError, match="given is a ndarray, and must be"):
+        kvjax.prefill(params, LEARNED, tokens, given=np.zeros((1, 6)))
+    with pytest.raises(ValueError, match=r"shape \(1, 5\), and must be \(1, 6\), as tokens are, or \(2, 1, 2, 6\)"):
+        kvjax.prefill(params, LEARNED, tokens, given={"worth": np.zeros((1, 5))})

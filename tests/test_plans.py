@@ -88,6 +88,9 @@ def test_pyramidkv_keeps_the_total():
     assert sum(budgets) == 30 * 256 and budgets == sorted(budgets, reverse=True)
     assert budgets[-1] == 64 + 10
     assert {part.budget for part in plans.pyramidkv(4, 100, window=10, steepness=1).layers} == {100}
+    for layers, budget, window in ((30, 66, 64), (30, 70, 64), (8, 40, 30), (1, 9, 8)):  # hardly a slot for each
+        budgets = [part.budget for part in plans.pyramidkv(layers, budget, window=window).layers]
+        assert sum(budgets) == layers * budget and min(budgets) > window
 
 
 @pytest.mark.parametrize(

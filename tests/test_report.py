@@ -90,6 +90,7 @@ def test_printing_gives_a_table():
         "statistics             528 B",
         "total                9,516 B   48.6% of full at 24 tokens",
         "occupancy               92 of 132 slots (69.7%)",
+        "attention   reference: there are no kernels for cpu",
     ]
 
 

@@ -35,10 +35,18 @@ def run(row, tokens=TOKENS, lengths=LENGTHS, keys=None, chunk=None, **settings):
 def assert_same_row(got, b, want, a):
     """Row b of `got` is row a of `want`: its tokens, logits, and kept positions in every layer."""
     assert_array_equal(got.tokens[b], want.tokens[a])
-    assert_allclose(got.logits[b], want.logits[a], rtol=1e-5, atol=1e-5)  # f32, by a product of another shape
+    # f32, by a product of another shape; where vectors are rounded, its last bit may turn a code
+    atol = 1e-3 if rounds(got.cache.policy) else 1e-5
+    assert_allclose(got.logits[b], want.logits[a], rtol=1e-5, atol=atol)
     assert int(got.cache.length[b]) == int(want.cache.length[a])
     for new, old in zip(got.cache.layers, want.cache.layers, strict=True):
         assert kept_positions(new, b) == kept_positions(old, a)
+
+
+def rounds(policy):
+    """Whether it stores integers of a few bits."""
+    codecs = [codec for tier in (policy, policy.low) if tier for codec in (tier.keys, tier.values) if codec]
+    return policy.form is not None or any(codec.group for codec in codecs)
 
 
 def slots_of(cache, b):

@@ -139,6 +139,25 @@ def test_chunks_and_turns_are_stored_like_one_another(form):
     assert np.isfinite(want).all()
 
 
+@every_form
+def test_a_prompt_is_attended_to_exactly_also_in_a_cache_that_was_allocated_before(form):
+    policy = store(policies.h2o(30, window=4), **form)
+    want, _ = kvjax.prefill(PARAMS, policies.full(), TOKENS)
+    for cache in (None, kvjax.empty_cache(PARAMS, policy, 3), kvjax.empty_cache(PARAMS, policy, 3, tokens=24)):
+        got, _ = kvjax.prefill(PARAMS, policy, TOKENS, cache=cache)
+        assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_first_chunk_chooses_channels_as_a_prompt_of_its_own_does():
+    policy = store(policies.h2o(10, window=4), keys=codecs.prune_channels(4))
+    want, first = kvjax.prefill(PARAMS, policy, TOKENS[:, :8])
+    want, turns = kvjax.prefill(PARAMS, policy, TOKENS[:, 8:16], cache=first)
+    got, chunks = kvjax.prefill(PARAMS, policy, TOKENS[:, :16], chunk=8)
+    assert_allclose(got, want, atol=1e-4)
+    for one, other in zip(chunks.layers, turns.layers, strict=True):
+        assert_array_equal(one.fitted[1], other.fitted[1])
+
+
 def test_a_step_is_traced_once_and_aliases_the_cache():
     policy = store(policies.h2o(10, window=4), **FORMS["pruned int4"])
     _, cache = kvjax.prefill(PARAMS, policy, TOKENS)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from kvjax.cache import free_losers
+from kvjax.counts import flag, whole
 from kvjax.draws import check_seed, uniform
 from kvjax.folds import gather_losers, spread
 from kvjax.policy import Policy, evict, method
@@ -38,16 +39,17 @@ def cam(
         raise ValueError(
             f"cam: sinks={sinks} and window={window} must fit into budget={budget}; lower them or raise it."
         )
+    heavy = flag("cam", "heavy", heavy)
     if heavy != (window > 0):
         raise ValueError(f"cam: window={window} goes with heavy=True, and only with it; heavy={heavy}.")
-    if targets < 1:
-        raise ValueError(f"cam: targets={targets} must be at least 1; the paper's code takes 16 or 32.")
+    targets = whole("cam", "targets", targets, least=1, mend="The paper's code takes 16 or 32.")
     check_seed("cam", seed)
 
     def give(cache, kept, seen, count):
         losers = gather_losers(cache, kept, count)
         draw = uniform(seed, cache.carry, cache.pos)
-        return free_losers(spread(cache, losers, kept, cache.stats["mass"], draw, targets, seen), kept)
+        most = min(targets, cache.slots)  # no more can follow
+        return free_losers(spread(cache, losers, kept, cache.stats["mass"], draw, most, seen), kept)
 
     mass = attention_mass()
     chosen = mass if heavy else mass._replace(score=recency().score)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE
+from kvjax.counts import real
 from kvjax.draws import check_seed
 from kvjax.policy import Policy, Scorer, evict, method
 
@@ -53,6 +54,10 @@ def compactor(
         raise ValueError(
             f"compactor: sketch={sketch} and chunk={chunk} must be at least 1, and pool={pool} a positive odd number."
         )
+    if blend is not None:
+        blend = real("compactor", "blend", blend, least=0, mend="None takes the share of the tokens that goes.")
+    if scale is not None:
+        scale = real("compactor", "scale", scale, least=0, mend="None takes D ** -0.5; the published code has 1.0.")
     check_seed("compactor", seed)
 
     def observe(cache, seen):

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from kvjax.counts import flag, real
 from kvjax.folds import fold, gather_losers, nearest
 from kvjax.policy import Policy, evict, method
 from kvjax.scorers import attention_mass, protect
@@ -49,12 +50,12 @@ def d2o(
             f"d2o: sinks={sinks} and window={window} must be at least 0 and 1, and fit into budget={budget}; lower "
             f"them or raise budget."
         )
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"d2o: smoothing={smoothing} is outside 0..1; the paper's is 0.7.")
+    smoothing = real("d2o", "smoothing", smoothing, least=0, most=1, mend="The paper's is 0.7.")
     if weights not in ("exp", "code_mean"):
         raise ValueError(f"d2o: weights={weights!r} must be 'exp' or 'code_mean'.")
     if gate not in ("rank_mean", "per_head"):
         raise ValueError(f"d2o: gate={gate!r} must be 'rank_mean' or 'per_head'.")
+    into_sinks = flag("d2o", "into_sinks", into_sinks)
 
     def compensate(cache, kept, seen, count):
         losers = gather_losers(cache, kept, count)

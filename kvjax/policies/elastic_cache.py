@@ -7,13 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE, LayerCache, empty, free_losers, resize
+from kvjax.counts import real
 from kvjax.folds import LAST, at, first_slots, fold, gather_losers
 from kvjax.policy import Mass, Policy, Seen, method
 from kvjax.selects import ranked
 
 
 @method
-def elastic_cache(pruned: float = 0.5, *, sinks: int = 1, last: int = 1, distance: int = 25) -> Policy:
+def elastic_cache(
+    pruned: float = 0.5, *, sinks: int = 1, last: int = 1, distance: int = 25, losers: str = "merge"
+) -> Policy:
     """Keeps a share of all tokens: the most attended of the prompt, which take in the others, and the newest.
 
     The prompt's most attended tokens, one choice for all heads, are anchors; each other token is averaged into the
@@ -27,18 +30,22 @@ def elastic_cache(pruned: float = 0.5, *, sinks: int = 1, last: int = 1, distanc
       sinks: First tokens of the prompt that stay as they are.
       last: Last tokens of the prompt that stay as they are.
       distance: Slots at the end of the compressed prompt that may go later; those before them never do.
+      losers: "merge" averages the others of the prompt into their anchors, "evict" drops them.
 
     Source: paper and code, and the paper where the code's selection has errors. Differs: tokens keep their true
     positions (the code numbers new ones by the length of the cache); a later turn is read token by token; a prompt
     cannot be read in chunks, since its length decides what is kept. Nothing in the paper looks at what is image and
-    what text. Here tokens can be marked, `prefill(..., given={"permanent": mask})` with 1.0 for text: those of the
-    prompt stay as they are as long as there are others to go, and only others are merged.
+    what text. Here tokens can be marked, `prefill(..., given={"permanent": mask})` with 1.0 for text: when the prompt
+    is compressed they stay as they are as long as there are others to go, and only others are merged.
     """
-    if not 0 <= pruned < 1:
-        raise ValueError(f"elastic_cache: pruned={pruned} must be at least 0 and below 1; it is the share that goes.")
+    pruned = real("elastic_cache", "pruned", pruned, least=0, below=1, mend="It is the share that goes.")
     if sinks < 0 or last < 0 or distance < 0:
         raise ValueError(f"elastic_cache: sinks={sinks}, last={last} and distance={distance} must not be negative.")
+    if losers not in ("merge", "evict"):
+        raise ValueError(f"elastic_cache: losers={losers!r} must be 'merge' or 'evict'.")
     share = Fraction(pruned).limit_denominator(1000)
+    if share == 1:
+        raise ValueError(f"elastic_cache: pruned={pruned} is too near 1: it counts in thousandths. Give at most 0.999.")
     num, den = share.numerator, share.denominator
 
     def init(shape):
@@ -85,14 +92,14 @@ def elastic_cache(pruned: float = 0.5, *, sinks: int = 1, last: int = 1, distanc
         to_left = jnp.where(left >= 0, pos - at(pos, left.clip(0)), LAST)
         to_right = jnp.where(right < slots, at(pos, right.clip(0, slots - 1)) - pos, LAST)
         nearest = jnp.where(to_left <= to_right, left, right).clip(0, slots - 1)
-        losers = gather_losers(cache, kept, max(slots - (slots - num * slots // den), 1))
-        joins = (anchor.any(axis=-1, keepdims=True) & losers.real).astype(jnp.float32)
-        target = at(order, at(nearest, at(back, losers.slot)))
+        leave = gather_losers(cache, kept, max(slots - (slots - num * slots // den), 1))
+        joins = (anchor.any(axis=-1, keepdims=True) & leave.real & (losers == "merge")).astype(jnp.float32)
+        target = at(order, at(nearest, at(back, leave.slot)))
 
         rank = at(jnp.cumsum(at(kept, order), axis=-1) - 1, back)
         fixed = jnp.maximum(jnp.minimum(sinks, stay), jnp.minimum(stay - distance, stay - 1))
         permanent = (kept & (rank < fixed)).astype(jnp.float32)
         cache = dataclasses.replace(cache, stats={"permanent": permanent})
-        return fold(cache, kept, losers, target, joins, joins, seen)
+        return fold(cache, kept, leave, target, joins, joins, seen)
 
     return Policy("elastic_cache", None, frozenset({Mass()}), init, update, grow=grow, stepwise="turns")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE, LayerCache, empty, free_losers, resize
+from kvjax.counts import flag, real, whole
 from kvjax.folds import BLOCK, add, at, first_best, in_blocks, put
 from kvjax.policy import Mass, Policy, Seen, method
 from kvjax.selects import ranked
@@ -51,12 +52,13 @@ def ems(
         )
     if combine not in ("max", "mean", "global", "local"):
         raise ValueError(f"ems: combine={combine!r} must be 'max', 'mean', 'global' or 'local'.")
-    if not 0 < keep <= 1 or not 0 <= similar <= 1:
-        raise ValueError(f"ems: keep={keep} must be above 0 and at most 1, and similar={similar} within 0..1.")
-    if merge is not None and merge < 0:
-        raise ValueError(f"ems: merge={merge} must not be negative; None allows four for each centre.")
+    keep = real("ems", "keep", keep, above=0, most=1, mend="1 drops nothing for being irrelevant.")
+    similar = real("ems", "similar", similar, least=0, most=1, mend="1 merges only what is alike.")
+    transfer = flag("ems", "transfer", transfer)
     centres = budget - window
-    most = 4 * centres if merge is None else merge
+    most = 4 * centres
+    if merge is not None:
+        most = whole("ems", "merge", merge, least=0, mend="None allows four for each centre.")
 
     def init(shape):
         return empty(shape, {"global": (), "local": ()})

@@ -71,9 +71,9 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
             cache, k=k, v=mixed(codec.load(cache.v), cache.carry["v"], cache.carry["rounded_values"])
         )
 
-    def rounded(cache: LayerCache) -> jax.Array:
-        old = jnp.arange(cache.slots) < cache.carry["rounded_values"][:, None]
-        return jnp.broadcast_to(old[:, None], cache.pos.shape)
+    def rounded(cache: LayerCache) -> tuple[jax.Array, jax.Array]:
+        firsts = cache.carry["rounded_keys"], cache.carry["rounded_values"]
+        return tuple(jnp.broadcast_to(cache.pos < first[:, None, None], cache.pos.shape) for first in firsts)
 
     def settled(cache: LayerCache, before: LayerCache | None, seen: Seen | None) -> LayerCache:
         tokens = (cache.pos != FREE).sum(axis=-1)[:, 0]

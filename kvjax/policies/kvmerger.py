@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE, LayerCache, empty, resize
+from kvjax.counts import flag, real, whole
 from kvjax.folds import add, at, first_slots, fold, gather_losers
 from kvjax.policy import Mass, Policy, Seen, check_budget, method
 
@@ -59,12 +60,13 @@ def kvmerger(
         )
     if rule not in ("budget", "threshold"):
         raise ValueError(f"kvmerger: rule={rule!r} must be 'budget' or 'threshold'.")
-    if sigma not in ("mean_dist", "mean_dist_excl") and not (isinstance(sigma, int | float) and sigma > 0):
-        raise ValueError(f"kvmerger: sigma={sigma!r} must be 'mean_dist', 'mean_dist_excl' or a positive number.")
+    threshold = real("kvmerger", "threshold", threshold, least=-1, most=1, mend="It is a cosine.")
+    if sigma not in ("mean_dist", "mean_dist_excl"):
+        sigma = real("kvmerger", "sigma", sigma, above=0, mend="Or give 'mean_dist' or 'mean_dist_excl'.")
     if value_scale not in ("mean", "set_size"):
         raise ValueError(f"kvmerger: value_scale={value_scale!r} must be 'mean' or 'set_size'.")
-    if every < 1:
-        raise ValueError(f"kvmerger: every={every} must be at least 1.")
+    count_bias = flag("kvmerger", "count_bias", count_bias)
+    every = whole("kvmerger", "every", every, least=1)
 
     def init(shape):
         return empty(shape, {"mass": (), "joined": ()})  # joined: tokens of a run beside its pivot

@@ -5,6 +5,7 @@ from fractions import Fraction
 import jax.numpy as jnp
 
 from kvjax.codecs import balance, integer, pipe
+from kvjax.counts import flag, real
 from kvjax.policy import Policy, Seen, evict, method, store
 from kvjax.scorers import attention_mass, recency
 from kvjax.tiers import demote
@@ -43,8 +44,9 @@ def mikv(
     tier, the timing and the rounding of steps are ours. A token that is rounded in both tiers is rounded twice. What a
     later token attends to takes part in the choice, but nothing is lost for another question.
     """
-    if not 0 <= ratio <= 1 or not 0 <= heavy <= 1:
-        raise ValueError(f"mikv: ratio={ratio} and heavy={heavy} are shares, and must be within 0..1.")
+    ratio = real("mikv", "ratio", ratio, least=0, most=1, mend="It is a share of the tokens.")
+    heavy = real("mikv", "heavy", heavy, least=0, most=1, mend="It is a share of the high tier.")
+    balanced = flag("mikv", "balanced", balanced)
     if high_bits not in (2, 3, 4, 8, 16) or low_bits > high_bits:
         raise ValueError(
             f"mikv: high_bits={high_bits} must be 2, 3, 4, 8 or 16, and no fewer than low_bits={low_bits}."

@@ -1,6 +1,7 @@
 """ThinK, keys with fewer channels. Xu et al. 2024, arXiv:2407.21018."""
 
 from kvjax.codecs import prune_channels
+from kvjax.counts import whole
 from kvjax.policy import Policy, evict, method, store
 from kvjax.scorers import recency
 from kvjax.tiers import demote
@@ -30,8 +31,7 @@ def think(channels: int, *, recent: int = 32, window: int = 32, tokens: Policy |
     Differs: a key that leaves the newest is pruned too, also while answering (the code lets the whole keys of an answer
     pile up). The last queries choose, so a cache is not for another question; a prompt cannot be read in chunks.
     """
-    if recent < 1:
-        raise ValueError(f"think: recent={recent} must be at least 1; codecs.prune_channels alone prunes every key.")
+    recent = whole("think", "recent", recent, least=1, mend="codecs.prune_channels alone prunes every key.")
     if tokens is None:
         tokens = evict(recency(), budget=None, grow=lambda n: max(n - recent, 0) + 1)
     low = store(tokens, keys=prune_channels(channels, window=window))
