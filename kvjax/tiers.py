@@ -102,6 +102,7 @@ def _move(low: Policy, cache: LayerCache, kept: jax.Array, seen: Seen, count: in
     stats = {name: folds.at(cache.stats[name], losers.slot) for name in low.scorer.stats}
     k, v = losers.k.astype(cache.dtype), losers.v.astype(cache.dtype)
     arrive = Masses({need: _at_last(x, losers.slot) for need, x in seen.mass.items()})
+    there = seen.low or {}  # masses of the slots of this tier
     if tier.slots == 0:  # the prompt: `Policy.first` stores both tiers when all is chosen
         held = extend(tier, k, v, pos, stats)
         return dataclasses.replace(
@@ -112,12 +113,10 @@ def _move(low: Policy, cache: LayerCache, kept: jax.Array, seen: Seen, count: in
     if count == 1:
         stored = write(tier, *jax.tree.map(lambda leaf: leaf[:, :, 0], (new.k, new.v, pos, stats)))
         here = (stored.pos != tier.pos)[:, :, None]  # where it was written
-        masses = {
-            need: jnp.where(here if x.ndim == 4 else here[:, :, 0], arrive[need], x) for need, x in seen.low.items()
-        }
+        masses = {need: jnp.where(here if x.ndim == 4 else here[:, :, 0], arrive[need], x) for need, x in there.items()}
     else:
         stored = extend(tier, new.k, new.v, pos, stats)
-        masses = {need: jnp.concatenate([x, arrive[need]], axis=-1) for need, x in seen.low.items()}
+        masses = {need: jnp.concatenate([x, arrive[need]], axis=-1) for need, x in there.items()}
     held = low.loaded(stored)
     below = seen._replace(mass=Masses(masses), q=low.asked(seen.q, tier.fitted))
     tier = low.choose(held, below, held.slots)

@@ -158,6 +158,7 @@ POLICIES = {
     "elastic_cache": Row(
         lambda budget: policies.elastic_cache(0.5 if budget < 20 else 0.0, distance=3),
         lambda budget, **kw: elastic_cache.run(r=0.5, distance=3, **kw),
+        folds=True,
     ),
     "kivi": Row(
         lambda budget: policies.kivi(4, group=4, residual=8 if budget < 20 else -(-budget // 8) * 8),

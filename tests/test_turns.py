@@ -14,7 +14,7 @@ from tests.methods import every_method, kept_positions
 from tests.plain import plain_logits
 from tests.tiny import CONFIG, random_params, random_tokens
 
-PARAMS = random_params()
+PARAMS = random_params(dataclasses.replace(CONFIG, layers=1))  # half the compiling; test_rows and others have two
 TOKENS, LENGTHS, BUDGET = random_tokens(3, 24), (24, 13, 3), 10
 QUESTIONS = random_tokens(3, 8, seed=1), random_tokens(3, 8, seed=2)
 
@@ -97,7 +97,7 @@ def test_two_questions_can_be_asked_of_one_context(row):
 
 @every_method
 def test_nothing_that_the_caller_holds_is_changed_or_deleted(row):
-    policy, params = row.make(BUDGET), random_params()
+    policy, params = row.make(BUDGET), random_params(PARAMS.config)
     tokens, lengths = random_tokens(3, 24), jnp.asarray(LENGTHS)
     first = kvjax.decode(params, policy, tokens, lengths=lengths, max_new_tokens=2)
     held = params, first, tokens, lengths
@@ -171,7 +171,7 @@ def test_decode_under_jit_stops_and_samples_as_it_does_outside():
 
 @every_method
 def test_bf16_gives_the_logits_of_f32_and_decodes(row):
-    narrow, policy = random_params(dtype=jnp.bfloat16), row.make(BUDGET)
+    narrow, policy = random_params(PARAMS.config, dtype=jnp.bfloat16), row.make(BUDGET)
     logits, _ = kvjax.prefill(narrow, policy, TOKENS, room=4)  # attends to the whole prompt before it evicts
     want = plain_logits(PARAMS, TOKENS)[:, -1]
     # bf16 has 8 bits; roundings of a few operations add up

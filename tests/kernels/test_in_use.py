@@ -1,5 +1,7 @@
 """kvjax through the GPU's kernels, in Triton's interpreter: it does what it does without them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ from numpy.testing import assert_allclose
 import kvjax
 from kvjax import codecs, policies, store
 from pallas_kernels.dispatch import compiling_for
+from tests import tiny
 from tests.methods import kept_positions
-from tests.tiny import CONFIG, random_params, random_tokens
+from tests.tiny import random_params, random_tokens
 
-PARAMS = random_params()
+CONFIG = dataclasses.replace(tiny.CONFIG, layers=1)
+PARAMS = random_params(CONFIG)
 WAYS = {
     "full": policies.full(),
     "h2o": policies.h2o(8, window=3),  # masses of all queries, selection, writes
@@ -68,7 +72,7 @@ def test_the_report_names_what_attends():
     _, without = kvjax.prefill(PARAMS, three, random_tokens(1, 12))
     with compiling_for("gpu"):
         assert kvjax.report(cache).attention.startswith("gpu")
-        assert kvjax.report(without).attention == "reference in 2 of 2 layers, whose form no kernel reads; else gpu"
+        assert kvjax.report(without).attention == "reference in 1 of 1 layers, whose form no kernel reads; else gpu"
     assert "attention   reference" in str(kvjax.report(cache))
 
 
