@@ -124,7 +124,7 @@ def attend(
         q, keys, q_pos, k_pos = _renumbered(q, held, policy.ranks, positions, rope)
     scale = head_dim**-0.5 if scale is None else scale
     attended = attend_slots(
-        q * scale,
+        (q * scale).astype(q.dtype),  # a scale of numpy would widen it
         keys,
         values,
         q_pos,
@@ -132,7 +132,7 @@ def attend(
         needs=policy.needs,
         bias=None if policy.bias is None else policy.bias(held),
         sliding_window=sliding_window,
-        low=None if low is None else (low[0] * scale, *low[1:]),
+        low=None if low is None else ((low[0] * scale).astype(q.dtype), *low[1:]),
     )
     if lost is not None:
         attended = attended._replace(out=jnp.where(lost[:, :, None, None, None], jnp.nan, attended.out))

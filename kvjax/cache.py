@@ -154,8 +154,8 @@ def write(
     free = jnp.take_along_axis(cache.pos, slot[..., None], axis=-1)[..., 0] == FREE
     slot = jnp.where(free & (position >= 0), slot, slots)  # out of range: dropped
     stats = {name: jnp.zeros(stat.shape[:2] + stat.shape[3:]) for name, stat in cache.stats.items()} | (stats or {})
-    if dispatch.preferred() != "reference":
-        buffers, tree = jax.tree.flatten(cache.slot_aligned())
+    buffers, tree = jax.tree.flatten(cache.slot_aligned())
+    if dispatch.preferred() != "reference" and max(buffer.ndim for buffer in buffers) <= 4:
         rows = jax.tree.leaves((k, v, jnp.broadcast_to(position, slot.shape), stats))
         return cache.with_slots(jax.tree.unflatten(tree, slot_write(buffers, rows, slot)))
     row, head = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
@@ -213,8 +213,10 @@ def resize(cache: LayerCache, capacity: Capacity) -> LayerCache:
     if isinstance(capacity, tuple):
         capacity, below = capacity
         cache = dataclasses.replace(cache, low=resize(cache.low, below))
-    if cache.slots > capacity and dispatch.preferred() != "reference":
-        return take_or_free(cache, topk_slots(jnp.zeros(cache.pos.shape), cache.pos, capacity).index)
+    if cache.slots > capacity > 0 and dispatch.preferred() != "reference":
+        slot = jnp.broadcast_to(jnp.arange(cache.slots, dtype=jnp.int32), cache.pos.shape)
+        first = topk_slots(jnp.zeros(cache.pos.shape), jnp.where(cache.pos == FREE, FREE, slot), capacity)
+        return take_or_free(cache, first.index)
     if cache.slots > capacity:
         occupied_first = jnp.argsort(cache.pos == FREE, axis=-1, stable=True)
         return take(cache, occupied_first[..., :capacity])

@@ -140,6 +140,7 @@ def fold(
     weight: jax.Array,
     total: jax.Array,
     seen: Seen,
+    bound: int | None = None,
 ) -> LayerCache:
     """Makes key and value of each target slot a weighted mean of its own, at weight 1, and its losers'; frees those.
 
@@ -151,14 +152,15 @@ def fold(
       weight: f32[B, H, E], how much of the loser is added; nothing happens where it is 0.
       total: f32[B, H, E], what it adds to the divisor of its target, which is 1 without losers.
       seen: What attention saw; the fold waits for its output.
+      bound: The most slots of a row and head that stay; None knows none.
 
     Returns:
-      The cache, of N slots; where a kernel folds a call of several tokens, of N - E slots.
+      The cache, of N slots; where a kernel folds a call of several tokens, of `bound` slots if that is less.
     """
     joins = losers.real & (weight != 0)
-    fewer = cache.slots - losers.slot.shape[-1]
-    if dispatch.preferred() != "reference" and seen.positions.shape[1] > 1 and fewer > 0:
-        return _folded_into_fewer(cache, kept, losers.slot, joins, target, weight, total, fewer)
+    if dispatch.preferred() != "reference" and seen.positions.shape[1] > 1:
+        slots = cache.slots if bound is None else min(bound, cache.slots)
+        return _folded_into_fewer(cache, kept, losers.slot, joins, target, weight, total, slots)
     cache = free_losers(cache, kept)
     slot = seen.done(jnp.where(joins, target, cache.slots))  # beyond the last: dropped
     weight, total = jnp.where(joins, weight, 0.0), jnp.where(joins, total, 0.0)
@@ -191,7 +193,8 @@ def _folded_into_fewer(cache, kept, source, joins, target, weight, total, slots)
     to = put(place, source, at(place, target))
     share = put(1 / divisor, source, weight / at(divisor, target))
     k, v = fold_slots(cache.k, cache.v, to, share, slots)
-    index = topk_slots(jnp.zeros(cache.pos.shape), jnp.where(kept, cache.pos, FREE), slots).index
+    slot = jnp.broadcast_to(jnp.arange(cache.slots, dtype=jnp.int32), cache.pos.shape)
+    index = topk_slots(jnp.zeros(cache.pos.shape), jnp.where(kept, slot, FREE), slots).index
     return dataclasses.replace(take_or_free(dataclasses.replace(cache, k=(), v=()), index), k=k, v=v)
 
 

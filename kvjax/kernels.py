@@ -29,7 +29,7 @@ def jit(function: Callable, **options) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        return program(*args, choices=(dispatch.preferred(), sharding.layout()), **kwargs)
+        return program(*args, choices=(dispatch.preferred(), dispatch.capability(), sharding.layout()), **kwargs)
 
     call._cache_size = program._cache_size
     return call

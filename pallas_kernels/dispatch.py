@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 IMPLEMENTATIONS = ("tpu", "gpu", "reference")
-LEAST_CAPABILITY = (8, 0)  # Ampere: Triton's matrix products in bf16, and enough shared memory
+CAPABILITIES = ("8.0", "9.0")  # of GPUs that every kernel is compiled for; others of Ampere have less shared memory
 
 _compiling_for = contextvars.ContextVar("compiling_for", default=(None, None))
 
@@ -26,8 +26,9 @@ def here() -> tuple[str, str]:
         return "reference", "jax-triton is not installed (pip install 'kvjax[gpu]')"
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", "0.0"))
-    if tuple(map(int, capability.split("."))) < LEAST_CAPABILITY:
-        return "reference", f"{device.device_kind} has compute capability {capability}, and the kernels want 8.0"
+    if capability not in CAPABILITIES:
+        known = " and ".join(CAPABILITIES)
+        return "reference", f"{device.device_kind} has compute capability {capability}, and the kernels are for {known}"
     return "gpu", f"the default backend is {device.device_kind}"
 
 
@@ -74,6 +75,8 @@ def compiling_for(implementation: str, capability: int | None = None) -> Iterato
 
     It is looked at when a program is traced: one that was traced before stays as it is. `capability` is the GPU's.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"compiling_for: implementation={implementation!r} must be one of {IMPLEMENTATIONS}.")
     token = _compiling_for.set((implementation, capability))
     try:
         yield

@@ -75,7 +75,7 @@ def d2o(
         else:
             weight, total = jnp.where(similar, cosine, 0.0), similar.astype(jnp.float32)
         carry = jnp.where(number > 0, threshold, cache.carry)
-        return fold(cache, kept, losers, target, weight, total, seen).with_carry(carry)
+        return fold(cache, kept, losers, target, weight, total, seen, bound=budget).with_carry(carry)
 
     scorer = protect(attention_mass(), sinks=sinks, window=window)
     scorer = scorer._replace(carry=lambda shape: jnp.full(shape.batch, jnp.nan, jnp.float32))

@@ -127,7 +127,7 @@ def kvmerger(
         back = jnp.argsort(order, axis=-1)  # slot -> place by position
         kept = at(lives, back)
 
-        losers = gather_losers(cache, kept, slots - budget if rule == "budget" else slots)
+        losers = gather_losers(cache, kept, max(slots - budget, 1) if rule == "budget" else slots)
         their = at(back, losers.slot)
         joins = losers.real & at(at(lives, pivot), their)
         target = at(at(order, pivot), their)
@@ -142,7 +142,8 @@ def kvmerger(
             own = (1 + cache.stats["joined"])[..., None]
             cache = dataclasses.replace(cache, v=(cache.v / own).astype(cache.v.dtype))
             losers = losers._replace(v=losers.v / at(own, losers.slot))
-        merged = fold(dataclasses.replace(cache, stats=stats), kept, losers, target, weight, weight, seen)
+        bound = budget + every - 1
+        merged = fold(dataclasses.replace(cache, stats=stats), kept, losers, target, weight, weight, seen, bound)
         if value_scale == "set_size":
             own = (1 + merged.stats["joined"])[..., None]
             merged = dataclasses.replace(merged, v=(merged.v * own).astype(merged.v.dtype))

@@ -12,6 +12,8 @@ from pallas_kernels.sharding import by_row_and_head
 STATISTICS = 4  # most rows of weights that one call sums with
 WIDEST = 256  # head_dim of the widest configuration of the kernels
 LARGEST_GROUP = 16  # query heads of one kv head that the TPU kernel holds in VMEM at once
+LARGEST_F32 = 2048  # channels of all query heads of a kv head: what fits into VMEM in float32
+MOST_BLOCKS = 2**15  # of queries, in all rows and kv_heads: their spans lie in a TPU's scalar memory, 16 bytes each
 
 
 class PrefillAttention(NamedTuple):
@@ -78,10 +80,16 @@ def unfit(name: str, q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     """Why the kernel cannot do such a call, or None; only shapes and dtypes matter."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"its kernels are for float32 and bfloat16, and q is {q.dtype}"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"its kernels are for one dtype, and q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
     if max(q.shape[4], v.shape[3]) > WIDEST:
         return f"its kernels are for head_dim up to {WIDEST}, and q has {q.shape[4]}, v {v.shape[3]}"
     if name == "tpu" and q.shape[2] > LARGEST_GROUP:
         return f"its kernel is for groups of up to {LARGEST_GROUP} query heads, and q has {q.shape[2]}"
+    if name == "tpu" and q.dtype == jnp.float32 and q.shape[2] * max(q.shape[4], v.shape[3]) > LARGEST_F32:
+        return f"a block of its kernel in float32 holds {LARGEST_F32} channels of a group at most, and q has {q.shape}"
+    if name == "tpu" and q.shape[0] * q.shape[1] * -(-q.shape[3] // 128) > MOST_BLOCKS:
+        return f"its kernel takes {MOST_BLOCKS} blocks of 128 queries at most, and q has {q.shape}"
     return None
 
 

@@ -37,20 +37,26 @@ def fits(_):
     return None
 
 
-def test_a_gpu_of_ampere_and_later_runs_its_kernels(machine):
-    machine("8.0")
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_a_gpu_that_the_kernels_are_compiled_for_runs_them(machine, capability):
+    machine(capability)
     assert dispatch.here() == ("gpu", "the default backend is Some GPU")
     assert dispatch.choose("op", None, fits) == dispatch.choose("op", "gpu", fits) == "gpu"
 
 
-def test_an_older_gpu_runs_the_reference_and_says_why(machine):
-    machine("7.5")
-    assert dispatch.here() == ("reference", "Some GPU has compute capability 7.5, and the kernels want 8.0")
+@pytest.mark.parametrize("capability", ["7.5", "8.9", "12.0", "gfx942"])  # a T4, an L4, a newer one, and AMD's
+def test_another_gpu_runs_the_reference_and_says_why(machine, capability):
+    machine(capability)
+    why = f"Some GPU has compute capability {capability}, and the kernels are for 8.0 and 9.0"
+    assert dispatch.here() == ("reference", why)
     assert dispatch.choose("op", None, fits) == "reference"
-    with pytest.raises(
-        ValueError, match="op: implementation='gpu' cannot run here: Some GPU has compute capability 7.5"
-    ):
+    with pytest.raises(ValueError, match=f"op: implementation='gpu' cannot run here: {why}"):
         dispatch.choose("op", "gpu", fits)
+
+
+def test_a_machine_that_does_not_exist_cannot_be_compiled_for():
+    with pytest.raises(ValueError, match="implementation='cuda' must be one of"), dispatch.compiling_for("cuda"):
+        pass
 
 
 def test_a_gpu_without_jax_triton_runs_the_reference_and_says_why(machine):

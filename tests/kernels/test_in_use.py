@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose
 
 import kvjax
 from kvjax import codecs, policies, store
+from kvjax.cache import resize, take
 from pallas_kernels.dispatch import compiling_for
 from tests import tiny
 from tests.methods import kept_positions
@@ -54,6 +55,40 @@ def test_a_model_says_the_same_through_the_kernels(name):
         for layer, theirs in zip(cache.layers, their_cache.layers, strict=True):
             for tier, their_tier in zip(layer.tiers, theirs.tiers, strict=True):
                 assert [kept_positions(tier, b) for b in (0, 1)] == [kept_positions(their_tier, b) for b in (0, 1)]
+
+
+@pytest.mark.parametrize("tokens", [5, 7])
+@pytest.mark.parametrize("name", ["kvmerger", "d2o", "little pruned", "nothing pruned"])
+def test_a_prompt_from_which_little_or_nothing_leaves_keeps_its_tokens(name, tokens):
+    shares = {"little pruned": policies.elastic_cache(0.2, distance=2), "nothing pruned": policies.elastic_cache(0.0)}
+    policy = shares.get(name) or WAYS[name]
+    want, cache = kvjax.prefill(PARAMS, policy, random_tokens(1, tokens), room=4)
+    with compiling_for("gpu"):
+        got, held = kvjax.prefill(PARAMS, policy, random_tokens(1, tokens), room=4)
+        again, _ = kvjax.step(PARAMS, policy, jnp.array([3], jnp.int32), held)
+    assert kept_positions(held.layers[0], 0) == kept_positions(cache.layers[0], 0)
+    assert_allclose(got, want, atol=1e-4)
+    assert_allclose(again, kvjax.step(PARAMS, policy, jnp.array([3], jnp.int32), cache)[0], atol=1e-4)
+
+
+def test_a_cache_that_is_cut_keeps_the_first_slots_as_without_kernels():
+    _, cache = kvjax.prefill(PARAMS, policies.full(), random_tokens(1, 6))
+    mixed = take(cache.layers[0], jnp.broadcast_to(jnp.array([4, 1, 5, 0, 2, 3]), (1, 2, 6)))
+    with compiling_for("gpu"):
+        assert resize(mixed, 2).pos.tolist() == [[[4, 1]] * 2]
+        assert resize(mixed, 0).slots == 0
+    assert resize(mixed, 2).pos.tolist() == [[[4, 1]] * 2]
+
+
+def test_a_scale_of_numpy_changes_no_dtype():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 20, heads, 16)), jnp.bfloat16) for heads in (4, 2, 2))
+    call = {"positions": jnp.arange(20)[None], "scale": np.float32(0.25)}
+    want, _ = kvjax.attend(q, k, v, None, WAYS["h2o"], **call)
+    with compiling_for("gpu"):
+        got, _ = kvjax.attend(q, k, v, None, WAYS["h2o"], **call)
+    assert got.dtype == want.dtype == jnp.bfloat16
+    assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=3e-2)  # bf16 has 8 bits
 
 
 def test_a_prompt_in_chunks_says_the_same_through_the_kernels():
