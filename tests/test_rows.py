@@ -35,18 +35,13 @@ def run(row, tokens=TOKENS, lengths=LENGTHS, keys=None, chunk=None, **settings):
 def assert_same_row(got, b, want, a):
     """Row b of `got` is row a of `want`: its tokens, logits, and kept positions in every layer."""
     assert_array_equal(got.tokens[b], want.tokens[a])
-    # f32, by a product of another shape; where vectors are rounded, its last bit may turn a code
-    atol = 1e-3 if rounds(got.cache.policy) else 1e-5
+    # f32, by a product of another shape. Its last bit can turn an f16 step of a tier of integers by 2 ** -11 of itself:
+    # one step of mikv does so under wider padding (0.1295 or 0.1294), and moves a logit by 1e-4.
+    atol = 2e-4 if got.cache.policy.low is not None and got.cache.policy.low.values is not None else 1e-5
     assert_allclose(got.logits[b], want.logits[a], rtol=1e-5, atol=atol)
     assert int(got.cache.length[b]) == int(want.cache.length[a])
     for new, old in zip(got.cache.layers, want.cache.layers, strict=True):
         assert kept_positions(new, b) == kept_positions(old, a)
-
-
-def rounds(policy):
-    """Whether it stores integers of a few bits."""
-    codecs = [codec for tier in (policy, policy.low) if tier for codec in (tier.keys, tier.values) if codec]
-    return policy.form is not None or any(codec.group for codec in codecs)
 
 
 def slots_of(cache, b):
