@@ -1,5 +1,6 @@
 # make demo    sets everything up and does the main job
-# make test    sets everything up and passes the tests
+# make test    sets everything up and passes the tests, on models of a few hundred weights
+# make real    the tests that use SmolLM2, and the notebooks
 # make aot     compiles the kernels, and a decode step of an 8B model, for TPUs and GPUs that are not here
 # Everything lives in .venv and .cache, in this folder.
 
@@ -11,13 +12,16 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 # libtpu, which only compiles here, would have jax look for a TPU at every start.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: demo test lint aot bench clean
+.PHONY: demo test real lint aot bench clean
 
 demo: .venv/ready
 	$(BIN)/kvjax compare --out out
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not real_model"
+
+real: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m real_model
 
 lint: .venv/ready
 	$(BIN)/ruff check .

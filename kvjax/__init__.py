@@ -7,7 +7,7 @@ from kvjax.decoding import Decoded, decode, empty_cache, prefill, step
 from kvjax.models.llama import Params, with_heads
 from kvjax.models.rope import Rope
 from kvjax.models.weights import Model, load
-from kvjax.policy import Policy, store
+from kvjax.policy import Policy, Turn, store
 from kvjax.report import report
 from pallas_kernels.sharding import spread_over
 
@@ -19,6 +19,7 @@ __all__ = [
     "Params",
     "Policy",
     "Rope",
+    "Turn",
     "attend",
     "codecs",
     "decode",

@@ -16,7 +16,7 @@ from kvjax import kernels
 from kvjax.cache import FREE, LayerCache, LayerShape, after, extend, resize
 from kvjax.counts import whole
 from kvjax.models.rope import Rope, rotate
-from kvjax.policy import Mass, Masses, Policy, Seen, check_policy
+from kvjax.policy import Mass, Masses, Policy, Seen, Turn, check_policy
 from pallas_kernels.slot_attention import Packed
 
 SPANS = 16  # static prefixes that a long call is cut into
@@ -46,6 +46,7 @@ def attend(
     capacity: int | None = None,
     layer: int | jax.Array = 0,
     given: dict[str, jax.Array] | None = None,
+    turn: Turn | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """Attention of one layer over its cache and this call's tokens, then the policy's eviction.
 
@@ -69,6 +70,8 @@ def attend(
       layer: Index of the layer, for policies that draw at random.
       given: What is known of this call's tokens beforehand, such as the scores of a trained head: {name of a statistic
         of the policy: [B, T], or [B, H, T] where heads differ}. The statistics of tokens start there, and at 0 without.
+      turn: The turn that this call reads a part of, for the policies that choose by where it ends. None takes this call
+        for a whole one, if it is the first or has several tokens, and else for a decode step.
 
     Returns:
       The output [B, T, Hq, D] (0 for padding), and the layer's new cache. Where a policy that keeps every token has no
@@ -84,26 +87,41 @@ def attend(
     kv_heads = k.shape[2]
     if cache is None:
         cache = policy.empty(LayerShape(batch, kv_heads, 0, head_dim, k.dtype, layer))
-    _check_given(policy, cache.stats, {} if given is None else given, (batch, count), kv_heads)
+    given = {} if given is None else given
     first = cache.slots == 0
+    if turn is None and (first or count > 1):
+        newest = positions.max(axis=1)
+        turn = Turn(jnp.where(positions == FREE, newest[:, None] + 1, positions).min(axis=1), newest + 1)
+    _check_given(policy, cache.stats, given, turn is None, (batch, count), kv_heads)
     if isinstance(capacity, int) and policy.low is not None:
         capacity = policy.capacity(capacity)
+    elif capacity is None and (first or count > 1):
+        capacity = policy.capacity(count) if first else policy.capacity_after(cache, count)
+    given = {
+        name: jnp.broadcast_to(jnp.reshape(x, (batch, -1, count)), (batch, kv_heads, count)).astype(jnp.float32)
+        for name, x in given.items()
+    }
+    settings = {"rope": rope, "scale": scale, "sliding_window": sliding_window}
+    if policy.tail and turn is not None:
+        return _tail_apart(q, k, v, cache, policy, positions, angles, given, turn, capacity, settings)
     if count > 1 and (policy.stepwise == "always" or (policy.stepwise == "turns" and not first)):
-        capacity = policy.capacity_after(cache, count) if capacity is None else capacity
-        settings = {"rope": rope, "scale": scale, "sliding_window": sliding_window, "layer": layer}
-        given = {name: jnp.asarray(x) for name, x in (given or {}).items()}
         return _token_by_token(q, k, v, resize(cache, capacity), policy, positions, angles, given, settings)
+    return _attend_once(q, k, v, cache, policy, positions, angles, given, turn, capacity, **settings)
 
+
+def _attend_once(
+    q, k, v, cache, policy, positions, angles, given, turn, capacity, *, rope, scale, sliding_window
+) -> tuple[jax.Array, LayerCache]:
+    """`attend` for tokens that all enter the cache before any leaves it; given is {name: f32[B, H, T]}."""
+    batch, count, q_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    first = cache.slots == 0
     q = q.reshape(batch, count, kv_heads, q_heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, H, G, T, D]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, H, T, D]
     unrotated = k
     if rope is not None and policy.ranks is None:
         cos, sin = rope.angles(positions, head_dim) if angles is None else angles  # [B, T, D / 2]
         q, k = rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None])
-    given = {
-        name: jnp.broadcast_to(jnp.reshape(x, (batch, -1, count)), (batch, kv_heads, count)).astype(jnp.float32)
-        for name, x in (given or {}).items()
-    }
 
     low = lost = None
     if not first:
@@ -115,8 +133,6 @@ def attend(
         keys, values = policy.read(stored, held)
     else:
         stored, held = cache, _extended(cache, policy, k, v, positions, given)
-        if capacity is None:
-            capacity = policy.capacity(count) if first else policy.capacity_after(cache, count)
         keys, values = held.k, held.v
 
     k_pos, q_pos = held.pos, positions[:, None, :]  # [B, H, N], [B, 1, T]
@@ -130,7 +146,7 @@ def attend(
         q_pos,
         k_pos,
         needs=policy.needs,
-        bias=None if policy.bias is None else policy.bias(held),
+        bias=None if policy.bias is None else policy.bias(held, turn),
         sliding_window=sliding_window,
         low=None if low is None else ((low[0] * scale).astype(q.dtype), *low[1:]),
     )
@@ -139,7 +155,7 @@ def attend(
     below = 0 if low is None else cache.low.slots
     mass = Masses({need: x[..., below:] for need, x in attended.mass.items()})
     theirs = None if low is None else Masses({need: x[..., :below] for need, x in attended.mass.items()})
-    seen = Seen(positions, q, unrotated, attended.out, attended.lse, mass, theirs)
+    seen = Seen(positions, q, unrotated, attended.out, attended.lse, mass, theirs, turn)
     cache = policy.first(held, seen, capacity) if first else policy.later(held, stored, seen, capacity)
     return attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim), cache
 
@@ -151,12 +167,37 @@ def _token_by_token(q, k, v, cache, policy, positions, angles, given, settings):
         (q, k, v, positions, angles), given = token
         q, k, v, positions, angles = jax.tree.map(lambda x: x[:, None], (q, k, v, positions, angles))
         given = jax.tree.map(lambda x: x[..., None], given)
-        out, cache = attend(q, k, v, cache, policy, positions=positions, angles=angles, given=given, **settings)
+        out, cache = _attend_once(q, k, v, cache, policy, positions, angles, given, None, None, **settings)
         return cache, out[:, 0]
 
     calls = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, positions, angles))
     cache, out = jax.lax.scan(step, cache, (calls, jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), given)))
     return out.swapaxes(0, 1), cache
+
+
+def _tail_apart(q, k, v, cache, policy, positions, angles, given, turn, capacity, settings):
+    """`attend` for a policy that chooses among all but the last tokens of a turn before those are read."""
+    count = q.shape[1]
+    end = jnp.maximum(turn.start, turn.stop - policy.tail)[:, None]
+    body = jnp.where(positions < end, positions, FREE)
+    out, cache = _attend_once(q, k, v, cache, policy, body, angles, given, turn, capacity, **settings)
+
+    begin = jnp.argmax(positions >= end, axis=1)[:, None]  # 0 where this call has no token of the tail
+    column = jnp.minimum(begin + jnp.arange(min(policy.tail, count)), count - 1)  # i32[B, t]
+    there = begin + jnp.arange(column.shape[1]) < count
+
+    def pick(x):  # [B, T, ...]
+        return jnp.take_along_axis(x, column.reshape(*column.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+    late = jnp.where(there, pick(positions), FREE)
+    late = jnp.where(late >= end, late, FREE)
+    opens = (late == end).any(axis=1)
+    cache = policy.make_room(cache, jnp.where(opens, turn.stop - end[:, 0], 0), turn.room)
+    given = {name: pick(x.swapaxes(1, 2)).swapaxes(1, 2) for name, x in given.items()}
+    q, k, v, angles = jax.tree.map(pick, (q, k, v, angles))
+    added, cache = _attend_once(q, k, v, cache, policy, late, angles, given, turn, capacity, **settings)
+    added = jnp.where((late != FREE)[..., None, None], added, 0)
+    return out.at[jnp.arange(out.shape[0])[:, None], column].add(added), cache
 
 
 def _fitted(cache, policy, q, k, v, positions):
@@ -207,7 +248,7 @@ def _extended(cache, policy, k, v, positions, given):
 def _renumbered(q, cache, ranks, positions, rope):
     """q and the cache's keys rotated at the positions that the policy gives anew: q, keys, q_pos and k_pos."""
     # [B, H or 1, N]; XLA would compute and hold the angles of all layers at once, if they did not wait for q
-    ranks = ranks(after(q, cache.pos))
+    ranks = ranks(dataclasses.replace(cache, pos=after(q, cache.pos)))
     cos, sin = rope.table(cache.slots, q.shape[-1])
     keys = rotate(cache.k, cos[ranks], sin[ranks])
     q_pos = _own(ranks, cache.pos, positions)  # [B, H or 1, T]
@@ -501,12 +542,16 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
         )
 
 
-def _check_given(policy, stats, given, shape, heads):
+def _check_given(policy, stats, given, in_step, shape, heads):
     batch, count = shape
     if not isinstance(given, dict):
         raise ValueError(f"attend: given is a {type(given).__name__}, and must be {{name of a statistic: array}}.")
-    if missing := sorted(policy.given - given.keys()):
-        raise ValueError(f"attend: {policy.name} must be given {missing}, [B, T] or [B, kv_heads, T]: see given=.")
+    missing = sorted(policy.given - given.keys())
+    if missing and (policy.given_in_steps or not in_step):
+        raise ValueError(
+            f"attend: {policy.name} must be given {missing}, [B, T] or [B, kv_heads, T]: see given=. A model with "
+            f"trained heads gives them by itself: kvjax.with_heads."
+        )
     for name, x in given.items():
         if name not in stats:
             raise ValueError(f"attend: given[{name!r}] is no statistic of {policy.name}, which has {sorted(stats)}.")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import Cache
+from kvjax.cache import FREE, Cache, LayerCache
 from kvjax.models.llama import Config, Params
 from kvjax.policy import Policy
 
@@ -120,7 +120,7 @@ def check_context(config: Config, policy: Policy, start, lengths, chunk: int, ro
         if own.ranks is None:
             last, mend = read + room, "Shorten the prompt, or ask for fewer new tokens."
         else:
-            in_hand = min(read, own.capacity(read) - 1 + chunk), min(read + room, own.capacity(read + room))
+            in_hand = min(read, own.capacity(read) - 1 + chunk), min(read + room, own.capacity(read, room))
             last, mend = max(in_hand), "Lower the budget, shorten the prompt, or read it with chunk=512."
         if last > config.context:
             raise ValueError(f"position {last - 1} is beyond the model's context of {config.context} tokens. {mend}")
@@ -142,6 +142,11 @@ def check_cache(params: Params, policy: Policy, cache: Cache, batch: int) -> Non
         )
 
 
+def _is_full(policy: Policy, layer: LayerCache, active: np.ndarray) -> bool:
+    """Whether a row that goes on finds no free slot, where the tokens seen do not say how many are taken."""
+    return policy.tail > 0 and bool((np.asarray(layer.pos)[active] != FREE).all(axis=-1).any())
+
+
 def check_step(params: Params, policy: Policy, token, cache: Cache) -> None:
     """One token id a row, -1 in rows that have stopped; those that go on need a position, and a slot."""
     if token.ndim != 1 or not jnp.issubdtype(token.dtype, jnp.integer):
@@ -159,12 +164,13 @@ def check_step(params: Params, policy: Policy, token, cache: Cache) -> None:
         raise ValueError(f"token {wrong[0]} is outside 0..{config.vocab - 1}, the model's vocabulary; -1 stops a row.")
     longest = int(np.max(np.asarray(cache.length), where=ids >= 0, initial=-1))
     for own, layer in zip(policy.of_layers(config.layers), cache.layers, strict=True):
-        position = longest if own.ranks is None else min(longest, own.capacity(longest) - 1)
+        most = layer.slots - 1 if own.budget is None else own.budget
+        position = longest if own.ranks is None else min(longest, most)
         if position >= config.context:
             raise ValueError(
                 f"position {position} is beyond the model's context of {config.context} tokens. Start anew."
             )
-        if own.capacity_after(layer, 1, longest) != layer.capacity:
+        if own.capacity_after(layer, 1, 0, longest) != layer.capacity or _is_full(own, layer, ids >= 0):
             raise ValueError(
                 f"all {layer.slots} slots are taken, and {own.name} frees none. Leave room for those to come: "
                 f"prefill(..., room=64)."

@@ -7,7 +7,7 @@ they become one program. Decoding is one unrolled program with the cache donated
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from kvjax.checks import (
 from kvjax.counts import whole
 from kvjax.models import llama
 from kvjax.models.llama import Block, Config, Params
-from kvjax.policy import Policy, check_policy
+from kvjax.policy import Policy, Turn, check_policy
 from kvjax.sampling import Draw, make_draw, row_keys, sample
 
 BURST = 16  # tokens that one call of the decode program may produce before the host looks
@@ -109,16 +109,22 @@ def prefill(
     seen = int(np.max(start)) if known(start) else None
 
     capacities = [
-        own.capacity(count + room) if layer is None else own.capacity_after(layer, count + room, seen)
+        own.capacity(count, room) if layer is None else own.capacity_after(layer, count, room, seen)
         for own, layer in zip(policies, layers, strict=True)
     ]
-    for own in set(policies):
-        if chunk < count and not seen and own.stepwise == "turns":
+    for own in set(policies) if chunk < count and not seen else ():
+        if own.stepwise == "turns":
             raise ValueError(f"prefill: {own.name} must see a prompt whole; leave out chunk={chunk}.")
+        for name, head in heads_of_layer(params, own, 0, given).items():
+            if not head.alone:
+                raise ValueError(
+                    f"prefill: the heads {name!r} of this model look at other tokens, and must see a prompt whole; "
+                    f"leave out chunk={chunk}."
+                )
     if chunk < count or (chunk == 1 and cache is not None):
         # Every chunk meets the slots that the last one leaves, so one program serves them all.
         if cache is None:
-            layers = list(empty_cache(params, policy, batch, tokens=count + room).layers)
+            layers = list(empty_cache(params, policy, batch, tokens=count, room=room).layers)
         layers = [_resize(layer, capacity) for layer, capacity in zip(layers, capacities, strict=True)]
     if seen == 0 or cache is None:  # where a sequence begins, some policies must know it: their first call is exact
         begins = [own.stepwise == "turns" or own.begins_exactly for own in policies]
@@ -127,6 +133,7 @@ def prefill(
         pad = -count % chunk
         tokens, given = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)]), (tokens, given))
 
+    turn = Turn(start, start + lengths, room)
     last = jnp.zeros((batch, params.config.width), params.embed.dtype)
     for at in range(0, count, chunk):
         positions = jnp.arange(at, at + chunk)
@@ -135,8 +142,9 @@ def prefill(
         for i, (block, own) in enumerate(zip(params.blocks, policies, strict=True)):
             theirs = {name: x[..., at : at + chunk] for name, x in given_to_layer(given, names[i], i).items()}
             x, layers[i] = run_layer(
-                block, x, layers[i], positions, angles, i, own, params.config, capacities[i], theirs
-            )
+                block, x, layers[i], positions, angles, i, own, params.config, capacities[i], theirs,
+                heads_of_layer(params, own, i, theirs), turn,
+            )  # fmt: skip
         last = _keep_last(last, x, lengths - 1 - at)
     return _logits(params, last), Cache(tuple(layers), start + lengths, policy, params.config)
 
@@ -194,10 +202,16 @@ def step_with(layer_program: Callable, params: Params, policy: Policy, token: ja
     for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
         theirs = {name: x[..., None] for name, x in given_to_layer(given, names[i], i).items()}
         x, layer = layer_program(
-            block, x, layer, positions, angles, i, policies[i], params.config, layer.capacity, theirs
-        )
+            block, x, layer, positions, angles, i, policies[i], params.config, layer.capacity, theirs,
+            heads_of_layer(params, policies[i], i, theirs) if policies[i].given_in_steps else None,
+        )  # fmt: skip
         layers.append(layer)
     return _logits(params, x[:, 0]), Cache(tuple(layers), cache.length + active, policy, params.config)
+
+
+def heads_of_layer(params: Params, policy: Policy, layer: int, given: dict[str, jax.Array]) -> dict[str, Any]:
+    """The trained heads of one layer whose scores `policy` wants, and was not `given`."""
+    return {name: params.heads[name][layer] for name in sorted(policy.given - given.keys()) if name in params.heads}
 
 
 def _layer(
@@ -211,13 +225,16 @@ def _layer(
     config: Config,
     capacity: Capacity,
     given: dict[str, jax.Array] | None = None,
+    heads: dict[str, Any] | None = None,
+    turn: Turn | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """One layer over this call's tokens: the new residual stream x [B, T, width] and the new slots."""
-    q, k, v = llama.project(block, x, config)
+    projected = llama.project(block, x, config, positions)
+    learned = {name: head(projected) for name, head in (heads or {}).items()}
     attended, cache = attend(
-        q,
-        k,
-        v,
+        projected.q,
+        projected.k,
+        projected.v,
         cache,
         policy,
         positions=positions,
@@ -226,7 +243,8 @@ def _layer(
         sliding_window=config.sliding_window,
         capacity=capacity,
         layer=layer,
-        given=given,
+        given=learned | (given or {}),
+        turn=turn,
     )
     return llama.finish(block, x, attended, config), cache
 
@@ -299,10 +317,10 @@ def decode(
     tokens = as_array("tokens", tokens)
     check_policy(policy)
     for own in policy.of_layers(params.config.layers):
-        if own.given:
+        if missing := sorted(own.given - params.heads.keys()):
             raise ValueError(
-                f"decode: {own.name} must be given {sorted(own.given)} with each token, and tokens to come are not "
-                f"known. Take kvjax.prefill and kvjax.step, which have given=."
+                f"decode: {own.name} must be given {missing} with each token, and tokens to come are not known. Take "
+                f"kvjax.prefill and kvjax.step, which have given=, or give the model heads: kvjax.with_heads."
             )
     draw, stop = make_draw(temperature, top_k, top_p), check_stop(params.config, stop)
     keys = row_keys(key, check_tokens(tokens)[0])
@@ -369,15 +387,15 @@ def _decoded(state, tokens):
     return Decoded(jnp.maximum(tokens, 0), (tokens >= 0).sum(axis=1), state.cache, state.logits)
 
 
-def empty_cache(params: Params, policy: Policy, batch: int, *, tokens: int = 0) -> Cache:
-    """A cache that has seen nothing, with the slots that `policy` needs for a sequence of `tokens`."""
+def empty_cache(params: Params, policy: Policy, batch: int, *, tokens: int = 0, room: int = 0) -> Cache:
+    """A cache that has seen nothing, with the slots that `policy` needs for `tokens` of a prompt and `room` more."""
     check_params(params)
     check_policy(policy)
     batch, tokens = whole("empty_cache", "batch", batch, least=1), whole("empty_cache", "tokens", tokens, least=0)
     config = params.config
 
     def layer(i, own):
-        capacity = own.capacity(tokens)
+        capacity = own.capacity(tokens, room)
         return own.empty(LayerShape(batch, config.kv_heads, capacity, config.head_dim, params.embed.dtype, i))
 
     layers = tuple(layer(i, own) for i, own in enumerate(policy.of_layers(config.layers)))

@@ -48,6 +48,20 @@ class Masses(dict[Mass, jax.Array]):
         raise ValueError(f"the policy reads {need!s}, but asked for {asked}. Add it to its needs.")
 
 
+class Turn(NamedTuple):
+    """A prompt, or a later question, of which a call of attention may read a part only.
+
+    Attributes:
+      start: i32[B], position of each row's first token.
+      stop: i32[B], position behind its last.
+      room: Tokens to leave room for, which are to be generated after it.
+    """
+
+    start: jax.Array
+    stop: jax.Array
+    room: int | jax.Array = 0
+
+
 class Seen(NamedTuple):
     """What a policy sees of one call, once attention is done.
 
@@ -59,6 +73,7 @@ class Seen(NamedTuple):
       lse: f32[B, H, G, T], log-sum-exp of the logits; -inf for a query that saw nothing.
       mass: The statistics that the policy asked for in `needs`.
       low: The same for the slots of the cheaper tier; None without one.
+      turn: What this call is a part of; None for a decode step.
     """
 
     positions: jax.Array
@@ -68,6 +83,7 @@ class Seen(NamedTuple):
     lse: jax.Array
     mass: Masses
     low: Masses | None = None
+    turn: Turn | None = None
 
     @property
     def now(self) -> jax.Array:
@@ -132,16 +148,23 @@ class Policy:
       init: (LayerShape) -> LayerCache of free slots.
       update: (LayerCache with N slots, Seen, capacity) -> LayerCache with `capacity` slots.
       ranks: None where keys are cached rotated, at their true positions. Else keys are cached un-rotated, and
-        (pos i32[B, H, N]) -> i32[B, H or 1, N] gives each slot the position, below N, at which attention reads it.
-      grow: For a policy without a budget, (tokens seen) -> the most slots that they take; None keeps every token.
+        (LayerCache with N slots) -> i32[B, H or 1, N] gives each slot the position, below N, at which attention reads
+        it.
+      grow: For a policy without a budget, (tokens of prompts and answers so far, tokens to leave room for) -> the most
+        slots that they take; None keeps every token.
       layers: A policy for each layer, of which this one is made (`plans.by_layer`); () where all are alike.
       keys: How keys are stored (`codecs`); None as they are. The functions above see them projected, and loaded.
       values: How values are stored.
       stepwise: Which calls of several tokens are read token by token, as decode steps: "never"; "turns", all but a
         prompt; or "always".
-      bias: None, or (LayerCache) -> f32[B, H, N], added to the attention logits of each slot but the query's own; -inf
-        hides a slot, so that a statistic that is `given` can act before attention.
+      bias: None, or (LayerCache, Turn or None) -> f32[B, H, N], added to the attention logits of each slot but the
+        query's own; -inf hides a slot, so that a statistic that is `given` can act before attention.
       given: Statistics that must be handed to attention with each token; the others start at 0 unless they are given.
+        The model gives those that have the name of trained heads (`kvjax.with_heads`).
+      given_in_steps: Whether a decode step must be given them too.
+      tail: The last tokens of each turn, which are read once the policy has chosen among those before them.
+      make_room: (LayerCache, the tail's tokens i32[B], tokens to leave room for) -> the cache, in which they find free
+        slots; called before a tail.
       scorer: By what slots are kept, in policies that `evict` made.
       choose: `update` without the scorer's `observe`, likewise.
       low: The policy of a cheaper tier, which takes the tokens that this one loses; None drops them.
@@ -153,10 +176,13 @@ class Policy:
     needs: frozenset[Mass]
     init: Callable[[LayerShape], LayerCache]
     update: Callable[[LayerCache, Seen, int], LayerCache]
-    ranks: Callable[[jax.Array], jax.Array] | None = None
-    bias: Callable[[LayerCache], jax.Array] | None = None
+    ranks: Callable[[LayerCache], jax.Array] | None = None
+    bias: Callable[[LayerCache, Turn | None], jax.Array] | None = None
     given: frozenset[str] = frozenset()
-    grow: Callable[[int], int] | None = None
+    given_in_steps: bool = True
+    tail: int = 0
+    make_room: Callable[[LayerCache, jax.Array, int | jax.Array], LayerCache] | None = None
+    grow: Callable[[int, int], int] | None = None
     stepwise: str = "never"
     layers: tuple["Policy", ...] = ()
     keys: Codec | None = None
@@ -320,35 +346,35 @@ class Policy:
             return dataclasses.replace(cache, k=stored.k, v=stored.v)
         return self.stored(cache, cache.k, cache.v) if self.has_codecs else cache
 
-    def needed(self, tokens: int) -> int:
-        """Slots that a sequence of `tokens` takes in this tier: one above the budget, where the next one is written."""
+    def needed(self, tokens: int, room: int = 0) -> int:
+        """Slots that `tokens`, and `room` more, take in this tier: one above the budget, where the next is written."""
         if self.budget is not None:
             return self.budget + 1
-        return tokens if self.grow is None else self.grow(tokens)
+        return tokens + room if self.grow is None else self.grow(tokens, room)
 
-    def capacity(self, tokens: int) -> Capacity:
-        """Slots to allocate for a sequence of `tokens`, in each tier.
+    def capacity(self, tokens: int, room: int = 0) -> Capacity:
+        """Slots to allocate for a sequence of `tokens` with room for more, in each tier.
 
         On a TPU a multiple of 16: it lays out other numbers of slots in another order of the axes, and a kernel that
         reads them would have all of them copied in every step.
         """
-        own = _aligned(self.needed(tokens))
-        return own if self.low is None else (own, self.low.capacity(tokens))
+        own = _aligned(self.needed(tokens, room))
+        return own if self.low is None else (own, self.low.capacity(tokens, room))
 
-    def capacity_after(self, cache: LayerCache, more: int, seen: int | None = None) -> Capacity:
+    def capacity_after(self, cache: LayerCache, more: int, room: int = 0, seen: int | None = None) -> Capacity:
         """Slots to allocate for `more` tokens in a layer that has seen `seen`; None takes all its slots for taken.
 
         A slot that is still free from an earlier turn is not asked for again.
         """
         if self.low is not None:
-            own = dataclasses.replace(self, low=None).capacity_after(cache, more, seen)
-            return own, self.low.capacity_after(cache.low, more, seen)
+            own = dataclasses.replace(self, low=None).capacity_after(cache, more, room, seen)
+            return own, self.low.capacity_after(cache.low, more, room, seen)
         if seen is not None:
-            needed = self.needed(seen + more)
+            needed = self.needed(seen + more, room)
         elif self.budget is not None:
             needed = self.needed(more)
         else:
-            needed = min(cache.slots + more, self.needed(2**31))  # some that grow do so up to a bound
+            needed = min(cache.slots + more + room, self.needed(2**31, room))  # some that grow do so up to a bound
         return cache.slots if needed <= cache.slots else _aligned(needed)
 
     def __repr__(self) -> str:
@@ -369,7 +395,7 @@ def evict(
     bias: Callable | None = None,
     stepwise: str = "never",
     limit: Callable | None = None,
-    grow: Callable[[int], int] | None = None,
+    grow: Callable[[int, int], int] | None = None,
 ) -> Policy:
     """A policy that scores every slot, keeps what `select` chooses and frees the rest.
 
@@ -412,7 +438,7 @@ def evict(
         return choose(dataclasses.replace(cache, stats=scorer.observe(cache, seen)), seen, capacity)
 
     return Policy(
-        "evict", budget, scorer.needs, init, update, ranks, bias, scorer.given, grow, stepwise,
+        "evict", budget, scorer.needs, init, update, ranks, bias, scorer.given, grow=grow, stepwise=stepwise,
         scorer=scorer, choose=choose,
     )  # fmt: skip
 

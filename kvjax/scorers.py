@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import FREE
+from kvjax.cache import FREE, LayerCache
 from kvjax.policy import Mass, Scorer
 
 
@@ -12,8 +12,9 @@ def keep_stats(cache, seen):
     return cache.stats
 
 
-def place_in_cache(pos: jax.Array) -> jax.Array:
+def place_in_cache(cache: LayerCache) -> jax.Array:
     """For `Policy.ranks`: how many tokens of the same row and head are older, i32[B, H, N]."""
+    pos = cache.pos
     if pos.shape[-1] > 512:
         order = jnp.argsort(jnp.where(pos == FREE, jnp.iinfo(pos.dtype).max, pos), axis=-1)
         return jnp.argsort(order, axis=-1)

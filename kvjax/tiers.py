@@ -25,7 +25,7 @@ def demote(
     budget: int | None = None,
     select: Callable = selects.top_k,
     limit: Callable | None = None,
-    grow: Callable[[int], int] | None = None,
+    grow: Callable[[int, int], int] | None = None,
     stepwise: str = "never",
 ) -> Policy:
     """A policy that evicts by a score, and whose losers go to a lower tier: `store(full(), keys=integer(4))`, say.
@@ -71,7 +71,7 @@ def demote(
         stepwise=stepwise,
     )
     if low.budget is None and budget is not None:  # the layer grows, though this tier of it does not
-        policy = dataclasses.replace(policy, budget=None, grow=lambda tokens: budget + 1)
+        policy = dataclasses.replace(policy, budget=None, grow=lambda tokens, room: budget + 1)
     return dataclasses.replace(policy, low=low)
 
 

@@ -11,6 +11,7 @@ import kvjax
 from kvjax import policies
 from kvjax.policies.compactor import projection
 from tests.oracles import (
+    attention_gate,
     cam,
     compactor,
     d2o,
@@ -22,6 +23,7 @@ from tests.oracles import (
     keydiff,
     kivi,
     kvmerger,
+    locret,
     mikv,
     random_eviction,
     snapkv,
@@ -44,6 +46,10 @@ class Row:
       slack: Tokens below the budget that may be in use, in methods that compress now and then.
       folds: Whether losers are folded into kept tokens, whose values then are no longer their own.
       atol: How near outputs are to the oracle's.
+      given: What the oracle calls a statistic that each token brings along: f64[n, H] in 0..1.
+      by_turn: Whether what it keeps depends on where a turn ends.
+      whole: Whether it must see a prompt whole, or its heads must.
+      spare: Slots below the budget that a long prompt leaves free; None stands for the slack.
     """
 
     make: Callable[[int], kvjax.Policy]
@@ -54,6 +60,10 @@ class Row:
     slack: int = 0
     folds: bool = False
     atol: float = 2e-5
+    given: str | None = None
+    by_turn: bool = False
+    whole: bool = False
+    spare: int | None = None
 
 
 def uniform(seed: int, layer: int, head: int, pos: int) -> float:
@@ -150,6 +160,7 @@ POLICIES = {
     "think": Row(
         lambda budget: policies.think(4, recent=budget, window=3),
         lambda budget, **kw: think.run(keep_count=4, recent=budget, window=3, demote_tail=1, **kw),
+        whole=True,
     ),
     "mikv": Row(
         lambda budget: policies.mikv(0.5 if budget < 20 else 1.0, low_bits=4, group=4),
@@ -159,10 +170,29 @@ POLICIES = {
         lambda budget: policies.elastic_cache(0.5 if budget < 20 else 0.0, distance=3),
         lambda budget, **kw: elastic_cache.run(r=0.5, distance=3, **kw),
         folds=True,
+        whole=True,
     ),
     "kivi": Row(
         lambda budget: policies.kivi(4, group=4, residual=8 if budget < 20 else -(-budget // 8) * 8),
         lambda budget, **kw: all_kept(kivi.run(bits=4, group=4, residual=8, **kw)),
+    ),
+    "locret": Row(
+        lambda budget: policies.locret(budget - (4 if budget < 20 else 0), stabilizers=2, tail=2, every=3),
+        lambda budget, **kw: locret.run(
+            budget=budget - 4, stabilizers=2, tail=2, bounded_decode=3, capacity=budget + 1, max_new=3, chunk=99, **kw
+        ),
+        window=2,
+        slack=4,
+        spare=2,
+        given="scores",
+        by_turn=True,
+    ),
+    "attention_gate": Row(
+        lambda budget: policies.attention_gate(budget, threshold=0.5 if budget < 20 else 0.0),
+        lambda budget, **kw: attention_gate.run(cap=budget, threshold=0.5, **kw),
+        given="p",
+        by_turn=True,
+        whole=True,
     ),
 }
 
@@ -255,6 +285,32 @@ VARIANTS = {  # of the same methods: only held to their oracles
     "elastic_cache(evict)": Row(
         lambda budget: policies.elastic_cache(0.6, losers="evict", distance=2),
         lambda budget, **kw: elastic_cache.run(r=0.6, stage1="evict", distance=2, **kw),
+    ),
+    "locret(unbounded)": Row(
+        lambda budget: policies.locret(budget, stabilizers=0, tail=4),
+        lambda budget, **kw: locret.run(budget=budget, stabilizers=0, tail=4, chunk=99, **kw),
+        given="scores",
+    ),
+    "locret(true positions, sinks)": Row(
+        lambda budget: policies.locret(budget, stabilizers=3, tail=1, sinks=2, positions="true", every=4),
+        lambda budget, **kw: locret.run(
+            budget=budget,
+            stabilizers=3,
+            tail=1,
+            protect=2,
+            position_mode="original",
+            bounded_decode=4,
+            capacity=budget + 5,
+            max_new=4,
+            chunk=99,
+            **kw,
+        ),
+        given="scores",
+    ),
+    "attention_gate(no cap, sinks)": Row(
+        lambda budget: policies.attention_gate(threshold=0.7, sinks=2, last=0),
+        lambda budget, **kw: attention_gate.run(threshold=0.7, protect_first=2, protect_last=0, **kw),
+        given="p",
     ),
     "elastic_cache(most)": Row(
         lambda budget: policies.elastic_cache(0.7, sinks=2, last=2, distance=1),

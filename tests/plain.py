@@ -23,9 +23,9 @@ def plain_logits(params: llama.Params, tokens) -> jax.Array:
     cos, sin = config.rope.table(tokens.shape[1], config.head_dim)
     x = llama.embed(params, tokens)
     for block in params.blocks:
-        q, k, v = llama.project(block, x, config)
-        q, k = (rotate(part, cos[:, None], sin[:, None]) for part in (q, k))
-        x = llama.finish(block, x, plain_attention(q, k, v, config.sliding_window), config)
+        made = llama.project(block, x, config, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+        q, k = (rotate(part, cos[:, None], sin[:, None]) for part in (made.q, made.k))
+        x = llama.finish(block, x, plain_attention(q, k, made.v, config.sliding_window), config)
     return llama.logits(params, x)
 
 

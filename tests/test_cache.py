@@ -36,7 +36,8 @@ def call(policy, cache, q, k, v, positions):
     v = v.at[..., 0].set(positions[..., None])
     room = PROMPT + sum(CALLS) + 1
     slots = room if policy.budget is None and q.shape[1] > 1 else None
-    return attend(q, k, v, cache, policy, positions=positions, rope=ROPE, capacity=slots)
+    worth = {name: jax.nn.sigmoid(k[..., 0]).swapaxes(1, 2) for name in policy.given}
+    return attend(q, k, v, cache, policy, positions=positions, rope=ROPE, capacity=slots, given=worth)
 
 
 def run(policy, rng, scale=1.0):

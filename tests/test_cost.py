@@ -47,7 +47,7 @@ def kv_bytes(slots: int, *, config=CONFIG, batch: int) -> int:
 @pytest.mark.parametrize("method", POLICIES)
 def test_nbytes_is_the_formula_in_the_docstring(method, dtype):
     policy, params = POLICIES[method].make(BUDGET), random_params(dtype=dtype)
-    _, cache = kvjax.prefill(params, policy, random_tokens(3, 24), lengths=(24, 13, 3))
+    _, cache = jax.eval_shape(lambda: kvjax.prefill(params, policy, random_tokens(3, 24), lengths=(24, 13, 3)))
     size = jnp.dtype(dtype).itemsize
     assert kvjax.nbytes(cache) == documented_bytes(policy, config=CONFIG, batch=3, tokens=24, number=size)
 

@@ -23,7 +23,7 @@ def gate(shown: str = "shown"):
     return evict(
         scorer._replace(score=scorers.recency().score),
         budget=None,
-        bias=lambda cache: jnp.where(cache.stats[shown] > 0, 0.0, -jnp.inf),
+        bias=lambda cache, turn: jnp.where(cache.stats[shown] > 0, 0.0, -jnp.inf),
     )
 
 

@@ -26,8 +26,8 @@ LAYERS = [
         "models.rope",
     ],
     ["policies"],
-    ["models", "heads", "checks", "sampling", "report", "decoding"],
-    ["plans", "serve", "tasks", "files", "tables", "compare", "view", "cli"],
+    ["models", "files", "heads", "checks", "sampling", "report", "decoding"],
+    ["plans", "serve", "tasks", "tables", "compare", "view", "cli"],
     ["train"],
 ]
 HEIGHT = {

@@ -65,7 +65,7 @@ def probabilities(q, k, length):
 def test_density_is_the_oracles():
     got = plans.density(PARAMS, TOKENS, lengths=LENGTHS)
     assert got.shape == (CONFIG.layers,) and ((got >= 0) & (got <= 1)).all()
-    q, k, _ = llama.project(PARAMS.blocks[0], llama.embed(PARAMS, TOKENS), CONFIG)
+    _, q, k, *_ = llama.project(PARAMS.blocks[0], llama.embed(PARAMS, TOKENS), CONFIG, None)
     wanted = [d2o.density(probabilities(q[b], k[b], length)) for b, length in enumerate(LENGTHS)]
     assert_allclose(got[0], np.mean(wanted), rtol=1e-3)  # scaling to 0..1 enlarges what f32 rounds
 

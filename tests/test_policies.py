@@ -24,8 +24,11 @@ def streams(rows: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, n
     )
 
 
-def run_kvjax(policy, q, k, v, prompts, calls):
-    """Feeds rows with prompts of different lengths; then `calls` tokens for each row. Yields (out, cache, first)."""
+def run_kvjax(policy, q, k, v, prompts, calls, given=()):
+    """Feeds rows with prompts of different lengths; then `calls` tokens for each row. Yields (out, cache).
+
+    `given` has what tokens bring along, {name: [B, n, H]}.
+    """
     attend = jax.jit(kvjax.attend, static_argnames=("rope", "capacity"))
     rope, cache = kvjax.Rope(BASE), None
     start = np.zeros(len(prompts), int)
@@ -37,8 +40,15 @@ def run_kvjax(policy, q, k, v, prompts, calls):
         pick = np.minimum(at, q.shape[1] - 1)
         piece = [jnp.asarray(np.take_along_axis(x, pick[:, :, None, None], axis=1), jnp.float32) for x in (q, k, v)]
         capacity = q.shape[1] + 1 if policy.budget is None else None
+        theirs = {name: np.take_along_axis(given[name], pick[:, :, None], axis=1).swapaxes(1, 2) for name in given}
         out, cache = attend(
-            *piece, cache, policy, positions=jnp.asarray(positions, jnp.int32), rope=rope, capacity=capacity
+            *piece,
+            cache,
+            policy,
+            positions=jnp.asarray(positions, jnp.int32),
+            rope=rope,
+            capacity=capacity,
+            given=theirs,
         )
         start = start + counts
         yield np.asarray(out), cache
@@ -56,11 +66,13 @@ CALLS = {
 def test_outputs_and_kept_positions_are_those_of_the_oracle(row, calls):
     budget, (prompts, rest) = 10, calls
     q, k, v = streams(len(prompts), max(prompts) + sum(rest), seed=3)
-    got = list(run_kvjax(row.make(budget), q, k, v, prompts, rest))
+    policy, worth = row.make(budget), np.random.default_rng(4).random((*k.shape[:2], KV_HEADS))
+    got = list(run_kvjax(policy, q, k, v, prompts, rest, {name: worth for name in policy.given}))
     for b, prompt in enumerate(prompts):
         sizes = [prompt, *rest]
         total = sum(sizes)
-        want = row.oracle(budget, q=q[b, :total], k=k[b, :total], v=v[b, :total], calls=sizes, base=BASE)
+        extra = {} if row.given is None else {row.given: worth[b, :total]}
+        want = row.oracle(budget, q=q[b, :total], k=k[b, :total], v=v[b, :total], calls=sizes, base=BASE, **extra)
         for i, ((out, cache), expected) in enumerate(zip(got, want, strict=True)):
             assert_allclose(out[b, : sizes[i]], expected.out, atol=row.atol, err_msg=f"row {b}, call {i}")
             assert kept_positions(cache, b) == [list(head) for head in expected.kept], f"row {b}, call {i}"

@@ -69,7 +69,7 @@ def test_further_rows_change_nothing(row):
 @pytest.mark.parametrize("chunk", [None, 8])
 @every_method
 def test_wider_padding_changes_nothing_whatever_it_is(row, chunk):
-    if chunk and row.make(BUDGET).stepwise == "turns":
+    if chunk and row.whole:
         pytest.skip("it must see a prompt whole")
     want = run(row, chunk=chunk)
     padding = jnp.asarray([[60], [-7], [10**9]], jnp.int32)
@@ -103,7 +103,7 @@ def test_a_row_that_has_stopped_keeps_its_cache_bit_for_bit_and_the_others_go_on
     assert_array_equal(stopped.tokens[1], np.r_[tokens[1, :at], [0] * (NEW - at)])
     if row.make(BUDGET).budget is not None:  # the others grow by what may come
         jax.tree.map(assert_array_equal, slots_of(stopped.cache, 1), slots_of(short.cache, 1))
-    assert_array_equal(stopped.logits[1], short.logits[1])
+    assert_allclose(stopped.logits[1], short.logits[1], rtol=1e-5, atol=1e-5)
     for b in (0, 2):
         assert_same_row(stopped, b, free, b)
 

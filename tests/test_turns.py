@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import kvjax
 from kvjax import policies
-from tests.methods import every_method, kept_positions
+from tests.methods import POLICIES, every_method, kept_positions
 from tests.plain import plain_logits
 from tests.tiny import CONFIG, random_params, random_tokens
 
@@ -33,10 +33,12 @@ def assert_same_kept(got: kvjax.Cache, want: kvjax.Cache):
 @every_method
 def test_turns_that_split_a_prompt_like_chunks_are_the_chunked_call(row):
     policy = row.make(BUDGET)
-    if policy.stepwise == "turns":
+    if row.whole:
         with pytest.raises(ValueError, match="must see a prompt whole"):
             kvjax.prefill(PARAMS, policy, TOKENS, chunk=8)
         return
+    if row.by_turn:
+        pytest.skip("it chooses otherwise where a turn ends")
     want, whole = kvjax.prefill(PARAMS, policy, TOKENS, chunk=8)
     cache = None
     for at in (0, 8, 16):
@@ -61,6 +63,8 @@ def test_decode_of_a_second_turn_is_prefill_of_it_and_steps(row):
 
 @every_method
 def test_a_turn_of_one_token_is_a_step(row):
+    if row.by_turn:
+        pytest.skip("it tells a turn from an answer")
     policy = row.make(BUDGET)
     _, context = kvjax.prefill(PARAMS, policy, TOKENS, lengths=LENGTHS, room=1)
     want, after = kvjax.step(PARAMS, policy, TOKENS[:, 0], context)
@@ -136,9 +140,10 @@ def test_a_failed_call_leaves_the_cache_as_it_was(mistake):
     kvjax.decode(PARAMS, policy, QUESTIONS[0], cache=context, max_new_tokens=1)
 
 
-@every_method
-def test_prefill_step_and_decode_give_the_same_under_the_callers_jit(row):
-    policy = row.make(BUDGET)
+# One of each kind; the others would compile the same once more.
+@pytest.mark.parametrize("method", ["full", "streaming_llm", "d2o", "mikv", "think", "locret", "attention_gate"])
+def test_prefill_step_and_decode_give_the_same_under_the_callers_jit(method):
+    policy = POLICIES[method].make(BUDGET)
 
     @jax.jit
     def program(params, tokens, lengths, question):
@@ -146,8 +151,7 @@ def test_prefill_step_and_decode_give_the_same_under_the_callers_jit(row):
         logits, cache = kvjax.step(params, policy, question[:, 0], cache)
         return logits, cache, kvjax.decode(params, policy, question, cache=cache, max_new_tokens=3, key=4)
 
-    small = random_params(dataclasses.replace(CONFIG, layers=1))
-    arguments = small, TOKENS, jnp.asarray(LENGTHS), QUESTIONS[0]
+    arguments = PARAMS, TOKENS, jnp.asarray(LENGTHS), QUESTIONS[0]
     logits, cache, out = program(*arguments)
     want, same, answer = program.__wrapped__(*arguments)
     assert_allclose(logits, want, atol=1e-5)
@@ -160,7 +164,9 @@ def test_prefill_step_and_decode_give_the_same_under_the_callers_jit(row):
 
 def test_decode_under_jit_stops_and_samples_as_it_does_outside():
     policy = policies.h2o(BUDGET, window=4)
-    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20, "key": 3, "stop": list(range(0, 61, 7))}
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20, "key": 3}
+    going = np.asarray(kvjax.decode(PARAMS, policy, TOKENS, lengths=LENGTHS, **settings).tokens)
+    settings["stop"] = [int(going[b, 3 + 2 * b]) for b in range(3)]
     want = kvjax.decode(PARAMS, policy, TOKENS, lengths=LENGTHS, **settings)
     got = jax.jit(lambda t: kvjax.decode(PARAMS, policy, t, lengths=LENGTHS, **settings))(TOKENS)
     assert 0 < int(want.lengths.max()) < 12  # so that a stop token and the early end are met
@@ -170,15 +176,15 @@ def test_decode_under_jit_stops_and_samples_as_it_does_outside():
 
 
 @every_method
-def test_bf16_gives_the_logits_of_f32_and_decodes(row):
-    narrow, policy = random_params(PARAMS.config, dtype=jnp.bfloat16), row.make(BUDGET)
-    logits, _ = kvjax.prefill(narrow, policy, TOKENS, room=4)  # attends to the whole prompt before it evicts
+def test_bf16_gives_the_logits_of_f32_and_goes_on(row):
+    narrow, policy = random_params(PARAMS.config, dtype=jnp.bfloat16), row.make(64 if row.by_turn else BUDGET)
+    logits, cache = kvjax.prefill(narrow, policy, TOKENS, room=4)  # most attend to the whole prompt before they evict
     want = plain_logits(PARAMS, TOKENS)[:, -1]
     # bf16 has 8 bits; roundings of a few operations add up
     assert np.linalg.norm(logits - want) < 5e-2 * np.linalg.norm(want)
-    out = kvjax.decode(narrow, policy, TOKENS, max_new_tokens=4)
-    assert {layer.dtype for layer in out.cache.layers} == {jnp.dtype(jnp.bfloat16)}
-    assert np.isfinite(out.logits).all()
+    logits, cache = kvjax.step(narrow, policy, TOKENS[:, 0], cache)
+    assert {layer.dtype for layer in cache.layers} == {jnp.dtype(jnp.bfloat16)}
+    assert np.isfinite(logits).all()
 
 
 def test_room_left_by_an_earlier_turn_is_used_before_more_is_taken():

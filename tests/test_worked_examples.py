@@ -4,6 +4,8 @@ Some examples give queries, or probabilities that unit keys can be asked for: th
 give keys, values and the attention that tokens received: those are handed to the policy as attention would hand them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,7 +196,8 @@ def test_streaming_llm_has_the_logits_of_its_places(policy, logits):
 
 def test_streaming_llm_numbers_the_tokens_in_hand_without_a_gap():
     pos = jnp.asarray([0, 1, 2, 3, 6, 7, 8, 9])[None, None]
-    assert policies.streaming_llm(7, sinks=4).ranks(pos).tolist() == [[list(range(8))]]
+    cache = dataclasses.replace(policies.full().empty(LayerShape(1, 1, 8, 2, jnp.float32, 0)), pos=pos)
+    assert policies.streaming_llm(7, sinks=4).ranks(cache).tolist() == [[list(range(8))]]
 
 
 # ---- d2o ----
@@ -371,7 +374,8 @@ def test_kvmerger_joins_the_most_similar_neighbours_until_the_budget_holds_all()
 )
 def test_kvmerger_answers_a_query(settings, out):
     policy, cache = runs(**settings)
-    q, bias = f32([1, 0.5]).reshape(1, 1, 1, 1, 2) / np.sqrt(2), None if policy.bias is None else policy.bias(cache)
+    q = f32([1, 0.5]).reshape(1, 1, 1, 1, 2) / np.sqrt(2)
+    bias = None if policy.bias is None else policy.bias(cache, None)
     got = attend_slots(q, cache.k, cache.v, jnp.full((1, 1, 1), 8), cache.pos, bias=bias)
     assert_allclose(got.out.ravel(), out, **DIGITS)
 
@@ -398,7 +402,7 @@ def test_kvmerger_loses_less_than_eviction_where_keys_drift_if_runs_are_counted(
         _, cache = kvjax.attend(
             q[:, :512, None], k[:, :, None], v[:, :, None], None, policy, positions=jnp.tile(jnp.arange(512), (20, 1))
         )
-        bias = None if policy.bias is None else policy.bias(cache)
+        bias = None if policy.bias is None else policy.bias(cache, None)
         return np.asarray(attend_slots(q[:, None, None, 512:] / 8, cache.k, cache.v, later, cache.pos, bias=bias).out)
 
     exact = answers(policies.full())

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from kvjax.models.llama import Block, Config, Params
+from kvjax import heads
+from kvjax.models.llama import Block, Config, Params, with_heads
 from kvjax.models.rope import Rope
 
 CONFIG = Config(
@@ -48,7 +50,7 @@ def random_params(config: Config = CONFIG, seed: int = 0, dtype=jnp.float32) -> 
             w_down=normal(config.width, config.mlp_width),
         )
 
-    return Params(
+    params = Params(
         embed=normal(config.vocab, config.width, scale=1.0),
         blocks=tuple(block() for _ in range(config.layers)),
         norm=jnp.ones(config.width, dtype),
@@ -56,6 +58,19 @@ def random_params(config: Config = CONFIG, seed: int = 0, dtype=jnp.float32) -> 
         heads={},
         config=config,
     )
+    return with_heads(params, random_heads(config, seed))
+
+
+def random_heads(config: Config = CONFIG, seed: int = 0) -> dict:
+    """Heads that tell tokens apart, and keep about half of them."""
+    locret = heads.make(heads.RetainingHead, config, width=4, rngs=nnx.Rngs(seed))
+    gates = heads.make(heads.AttentionGate, config, heads=2, head_dim=4, rngs=nnx.Rngs(seed + 1))
+    rng = np.random.default_rng(seed + 2)
+
+    def far_from_zero(leaf):
+        return jnp.asarray(0.5 * rng.standard_normal(leaf.shape, dtype=np.float32))
+
+    return {"locret": jax.tree.map(far_from_zero, locret), "attention_gate": jax.tree.map(far_from_zero, gates)}
 
 
 def random_tokens(batch: int, count: int, seed: int = 0, vocab: int = CONFIG.vocab) -> jax.Array:

@@ -4,7 +4,8 @@ Matrices keep the [out, in] layout of the checkpoints, so loading puts nothing i
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,19 +62,29 @@ class Params:
     blocks: tuple[Block, ...]
     norm: jax.Array  # [width]
     unembed: jax.Array | None  # [vocab, width]; None where tied to `embed`
-    heads: Any  # trained eviction heads, for the policies that learn; {} without
+    heads: dict[str, tuple[Any, ...]]  # trained eviction heads, for the policies that learn; {} without
     config: Config = dataclasses.field(metadata={"static": True})
 
 
 def with_heads(params: Params, heads: dict[str, Any]) -> Params:
-    """The same model with trained eviction heads: a pytree under the name of each policy that learns.
+    """The same model with trained eviction heads: under the name of each policy that learns, one for each layer.
+
+    A head is a pytree that is called with a layer's `Projected`, and gives each token a score, f32[B, H, T]; see
+    `kvjax.heads`.
 
     Raises:
-      ValueError: If `heads` is no dictionary.
+      ValueError: If `heads` is no dictionary, or has not as many as the model has layers.
     """
     if not isinstance(heads, dict):
         raise ValueError(f"with_heads: heads={heads!r} must be a dictionary, {{method: heads}}.")
-    return dataclasses.replace(params, heads=heads)
+    for name, each in heads.items():
+        if not isinstance(each, Sequence) or len(each) != params.config.layers:
+            count = len(each) if isinstance(each, Sequence) else f"a {type(each).__name__}"
+            raise ValueError(
+                f"with_heads: heads[{name!r}] has {count}, and must be a sequence of one head for each of the model's "
+                f"{params.config.layers} layers, such as kvjax.heads.load returns."
+            )
+    return dataclasses.replace(params, heads={name: tuple(each) for name, each in heads.items()})
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
@@ -101,17 +112,37 @@ def embed(params: Params, tokens: jax.Array) -> jax.Array:
     return params.embed[tokens]
 
 
-def project(block: Block, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Un-rotated q [B, T, Hq, D], k and v [B, T, H, D] of the residual stream x [B, T, width]."""
+class Projected(NamedTuple):
+    """What a layer makes of its input before it attends, and what trained heads read.
+
+    Attributes:
+      x: [B, T, width], the input after its norm.
+      q: [B, T, Hq, D], not rotated, biases included.
+      k: [B, T, H, D], likewise.
+      v: [B, T, H, D].
+      positions: i32[B, T], -1 for padding.
+    """
+
+    x: jax.Array
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+
+
+def project(block: Block, x: jax.Array, config: Config, positions: jax.Array) -> Projected:
+    """The residual stream x [B, T, width] at `positions` i32[B, T], ready for attention."""
     normed = rms_norm(x, block.attention_norm, config.norm_epsilon)
 
     def heads(weight, bias, count):
         return linear(normed, weight, bias).reshape(*x.shape[:2], count, config.head_dim)
 
-    return (
+    return Projected(
+        normed,
         heads(block.wq, block.bq, config.q_heads),
         heads(block.wk, block.bk, config.kv_heads),
         heads(block.wv, block.bv, config.kv_heads),
+        positions,
     )
 
 

@@ -1,5 +1,6 @@
 """The methods, one file each."""
 
+from kvjax.policies.attention_gate import attention_gate
 from kvjax.policies.cam import cam
 from kvjax.policies.compactor import compactor
 from kvjax.policies.d2o import d2o
@@ -11,6 +12,7 @@ from kvjax.policies.h2o import h2o
 from kvjax.policies.keydiff import keydiff
 from kvjax.policies.kivi import kivi
 from kvjax.policies.kvmerger import kvmerger
+from kvjax.policies.locret import locret
 from kvjax.policies.mikv import mikv
 from kvjax.policies.random import random
 from kvjax.policies.snapkv import snapkv
@@ -19,6 +21,7 @@ from kvjax.policies.think import think
 from kvjax.policies.tova import tova
 
 __all__ = [
+    "attention_gate",
     "cam",
     "compactor",
     "d2o",
@@ -30,6 +33,7 @@ __all__ = [
     "keydiff",
     "kivi",
     "kvmerger",
+    "locret",
     "mikv",
     "random",
     "snapkv",

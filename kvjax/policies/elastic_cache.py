@@ -51,8 +51,8 @@ def elastic_cache(
     def init(shape):
         return empty(shape, {"permanent": ()})
 
-    def grow(tokens):
-        return tokens - num * tokens // den + 1
+    def grow(tokens, room):
+        return tokens + room - num * (tokens + room) // den + 1
 
     def update(cache, seen, capacity):
         if seen.positions.shape[1] < cache.slots:  # not the prompt

@@ -149,7 +149,7 @@ def kvmerger(
             merged = dataclasses.replace(merged, v=(merged.v * own).astype(merged.v.dtype))
         return merged
 
-    def bias(cache):
+    def bias(cache, turn):
         return jnp.log1p(cache.stats["joined"])
 
     return Policy("kvmerger", budget + every - 1, frozenset({Mass()}), init, update, bias=bias if count_bias else None)

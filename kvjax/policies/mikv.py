@@ -55,7 +55,7 @@ def mikv(
         raise ValueError(f"mikv: mass={mass!r} must be 'sum' or 'mean'.")
     share, newest = (Fraction(x).limit_denominator(1000) for x in (ratio, 1 - heavy))
     scale = [balance()] if balanced else []
-    low = evict(recency(), budget=None, grow=lambda n: n - high_tier(n) + 1)
+    low = evict(recency(), budget=None, grow=lambda n, room: n + room - high_tier(n + room) + 1)
     coded = high_bits < 16
     low = store(
         low, keys=_joined([] if coded else scale, integer(low_bits, group=group)), values=integer(low_bits, group=group)
@@ -75,7 +75,9 @@ def mikv(
             received = received / jnp.maximum(seen_so_far[:, None, None] - cache.pos, 1)
         return jnp.where(cache.pos >= (seen_so_far - recent)[:, None, None], jnp.inf, received)
 
-    policy = demote(attention_mass()._replace(score=score), low, limit=limit, grow=lambda n: high_tier(n) + 1)
+    policy = demote(
+        attention_mass()._replace(score=score), low, limit=limit, grow=lambda n, room: high_tier(n + room) + 1
+    )
     if coded:
         high = integer(high_bits, group=group)
         policy = store(policy, keys=_joined(scale, high), values=high)

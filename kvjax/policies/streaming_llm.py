@@ -29,9 +29,9 @@ def streaming_llm(budget: int, *, sinks: int = 4) -> Policy:
             f"sinks or raise budget."
         )
 
-    def ranks(pos):
+    def ranks(cache):
         # All heads keep the same tokens: the sinks, and a run up to the newest. Only the run has moved up.
-        pos = pos[:, :1]
+        pos = cache.pos[:, :1]
         gone = pos.max(axis=-1, keepdims=True) + 1 - (pos != FREE).sum(axis=-1, keepdims=True)
         return jnp.where(pos < sinks, pos, pos - gone).clip(0)
 

@@ -33,6 +33,6 @@ def think(channels: int, *, recent: int = 32, window: int = 32, tokens: Policy |
     """
     recent = whole("think", "recent", recent, least=1, mend="codecs.prune_channels alone prunes every key.")
     if tokens is None:
-        tokens = evict(recency(), budget=None, grow=lambda n: max(n - recent, 0) + 1)
+        tokens = evict(recency(), budget=None, grow=lambda n, room: max(n + room - recent, 0) + 1)
     low = store(tokens, keys=prune_channels(channels, window=window))
     return demote(recency(), low, budget=recent, stepwise="turns")

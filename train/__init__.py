@@ -1,0 +1,1 @@
+"""Training of eviction heads on a frozen model; runs from the checkout: `python -m train.locret configs/...`."""
