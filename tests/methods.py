@@ -176,6 +176,26 @@ VARIANTS = {  # of the same methods: only held to their oracles
         window=4,
         folds=True,
     ),
+    "d2o(not into sinks)": Row(
+        lambda budget: policies.d2o(budget, window=3, sinks=3, into_sinks=False),
+        lambda budget, **kw: d2o.run(heavy=budget - 3, window=3, sinks=3, into_sinks=False, **kw),
+    ),
+    "compactor(blend, scale)": Row(  # without a pool: two tokens between first and last are alike under one of three
+        lambda budget: policies.compactor(
+            budget, first=2, last=1, sketch=6, chunk=5, pool=1, blend=0.7, scale=None, seed=3
+        ),
+        lambda budget, **kw: compactor.run(
+            budget=budget,
+            first=2,
+            last=1,
+            chunk=5,
+            pool=1,
+            phi=projection(3, 0, kw["k"].shape[1], kw["k"].shape[2], 6),
+            blending=0.7,
+            scale=None,
+            **kw,
+        ),
+    ),
     "cam(heavy)": Row(
         lambda budget: policies.cam(budget, sinks=0, heavy=True, window=4, targets=5, seed=5),
         lambda budget, **kw: cam.run(
@@ -201,6 +221,14 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget, **kw: ems.run(
             budget=budget, window=4, combine="mean", p_keep=1.0, max_merge=3, tau=0.0, transfer_score=False, **kw
         ),
+    ),
+    "ems(global)": Row(
+        lambda budget: policies.ems(budget, window=3, combine="global", similar=0.1),
+        lambda budget, **kw: ems.run(budget=budget, window=3, combine="glo", tau=0.1, **kw),
+    ),
+    "ems(local)": Row(
+        lambda budget: policies.ems(budget, window=3, combine="local", similar=0.1),
+        lambda budget, **kw: ems.run(budget=budget, window=3, combine="loc", tau=0.1, **kw),
     ),
     "kvmerger(paper)": Row(
         lambda budget: policies.kvmerger(
