@@ -204,6 +204,31 @@ VARIANTS = {  # of the same methods: only held to their oracles
         window=4,
         folds=True,
     ),
+    "cam(greedy, rolling)": Row(
+        lambda budget: policies.cam(budget, sinks=2, targets=3, seed=5, prompt="greedy", positions="rolling"),
+        lambda budget, **kw: cam.run(
+            select="recency",
+            budget=budget,
+            sinks=2,
+            targets=3,
+            draw=lambda head, pos: uniform(5, 0, head, pos),
+            prefill_mode="token",
+            positions="rolling",
+            **kw,
+        ),
+    ),
+    "cam(heavy, rolling)": Row(
+        lambda budget: policies.cam(budget, sinks=0, heavy=True, window=4, targets=5, seed=5, positions="rolling"),
+        lambda budget, **kw: cam.run(
+            select="h2o",
+            budget=budget,
+            window=4,
+            targets=5,
+            draw=lambda head, pos: uniform(5, 0, head, pos),
+            positions="rolling",
+            **kw,
+        ),
+    ),
     "h2o(greedy)": Row(
         lambda budget: policies.h2o(budget, window=4, prompt="greedy"),
         lambda budget, **kw: h2o.run(budget=budget, window=4, prefill="greedy", **kw),

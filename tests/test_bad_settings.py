@@ -141,6 +141,8 @@ def case(match, call, *args, **settings):
         case("targets=1000000000000 must be at most", "cam", targets=10**12),
         case("heavy='no' must be True or False", "cam", heavy="no", window=8),
         case("window=8 goes with heavy=True", "cam", window=8),
+        case("cam: prompt='sparse' must be 'dense' or 'greedy'", "cam", prompt="sparse"),
+        case("cam: positions='new' must be 'true' or 'rolling'", "cam", positions="new"),
         case("ems: window=64 is outside 1..63", "ems", window=64),
         case("keep=0 must be a finite number above 0 and at most 1", "ems", keep=0),
         case("keep=None must be a finite number", "ems", keep=None),
