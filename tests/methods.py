@@ -255,6 +255,10 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget: policies.ems(budget, window=3, combine="local", similar=0.1),
         lambda budget, **kw: ems.run(budget=budget, window=3, combine="loc", tau=0.1, **kw),
     ),
+    "ems(raw)": Row(
+        lambda budget: policies.ems(budget, window=3, redundancy="raw", similar=0.1),
+        lambda budget, **kw: ems.run(budget=budget, window=3, redundancy="raw", tau=0.1, **kw),
+    ),
     "kvmerger(paper)": Row(
         lambda budget: policies.kvmerger(
             budget,

@@ -152,6 +152,7 @@ def case(match, call, *args, **settings):
         case("merge=inf must be a whole number", "ems", merge=INF),
         case("merge=-1 must be at least 0", "ems", merge=-1),
         case("combine='sum' must be 'max', 'mean'", "ems", combine="sum"),
+        case("redundancy='key' must be 'clipped' or 'raw'", "ems", redundancy="key"),
         case("transfer=None must be True or False", "ems", transfer=None),
         case("heavy=40 must be at least 1 and 0, and fit into", "kvmerger", heavy=40),
         case("threshold=nan must be a finite number at least -1 and at most 1", "kvmerger", threshold=NAN),

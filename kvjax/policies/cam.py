@@ -37,8 +37,8 @@ def cam(
         does.
       window: Newest tokens that are always kept; only with `heavy`.
       targets: Tokens that share a loser's value.
-      prompt: "dense" reads it whole, and then its losers leave in order, each with what it was given; "greedy" reads it,
-        and any other call of several tokens, token by token, as the published code for perplexity does.
+      prompt: "dense" reads it whole, and then its losers leave in order, each with what it was given; "greedy" reads
+        it token by token, as the published code for perplexity does, and so any other call of several tokens.
       positions: "true", as in the code for question answering and generation; or "rolling", which numbers the tokens by
         their place in the cache, as StreamingLLM and the code for perplexity do.
       seed: Of the draws.
