@@ -309,6 +309,10 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget: policies.mikv(0.4, low_bits=4, group=4, mass="mean"),
         lambda budget, **kw: mikv.run(ratio=0.4, low_bits=4, group=4, mean=True, **kw),
     ),
+    "mikv(votes of a window)": Row(
+        lambda budget: policies.mikv(0.5, low_bits=4, window=4),
+        lambda budget, **kw: mikv.run(ratio=0.5, low_bits=4, window=4, **kw),
+    ),
     "elastic_cache(evict)": Row(
         lambda budget: policies.elastic_cache(0.6, losers="evict", distance=2),
         lambda budget, **kw: elastic_cache.run(r=0.6, stage1="evict", distance=2, **kw),
