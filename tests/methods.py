@@ -296,6 +296,10 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget: policies.think(6, recent=1, window=20),
         lambda budget, **kw: think.run(keep_count=6, recent=1, window=20, demote_tail=1, **kw),
     ),
+    "think(part of an answer)": Row(  # the tail grows, as in the published code, and then no more
+        lambda budget: policies.think(4, recent=3, window=3, answer=6),
+        lambda budget, **kw: think.run(keep_count=4, recent=3, window=3, demote_tail=1, answer=6, **kw),
+    ),
     "mikv(int8, int3)": Row(
         lambda budget: policies.mikv(0.3, low_bits=3, high_bits=8, group=8, heavy=1.0),
         lambda budget, **kw: mikv.run(ratio=0.3, low_bits=3, high_bits=8, group=8, heavy_share=1.0, twice=True, **kw),

@@ -186,6 +186,7 @@ def case(match, call, *args, **settings):
         case("keep=0 must be at least 1", "think", channels=0),
         case("recent=0 must be at least 1. codecs.prune_channels alone", "think", recent=0),
         case("window=0 must be at least 1", "think", window=0),
+        case("answer=-1 must be at least 0. It counts tokens", "think", answer=-1),
         case("policy='h2o' is no policy", "think", tokens="h2o"),
         # Codecs.
         case("bits=5 must be 2, 3, 4 or 8", codecs.integer, 5),
