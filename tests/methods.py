@@ -292,6 +292,12 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget: policies.kvmerger(budget, window=2, heavy=1, sigma=2.0, every=1),
         lambda budget, **kw: kvmerger.run(budget=budget, window=2, heavy=1, sigma=2.0, remerge_every=1, **kw),
     ),
+    "kvmerger(no merging in the answer)": Row(  # which single tokens are; more at once merge again
+        lambda budget: policies.kvmerger(budget, window=2, heavy=1, every=60),
+        lambda budget, calls, **kw: kvmerger.run(
+            budget=budget, window=2, heavy=1, remerge_every=None if max(calls[1:]) == 1 else 60, calls=calls, **kw
+        ),
+    ),
     "think(few)": Row(
         lambda budget: policies.think(6, recent=1, window=20),
         lambda budget, **kw: think.run(keep_count=6, recent=1, window=20, demote_tail=1, **kw),
