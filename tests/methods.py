@@ -336,6 +336,8 @@ VARIANTS = {  # of the same methods: only held to their oracles
 every_variant = pytest.mark.parametrize("row", (POLICIES | VARIANTS).values(), ids=POLICIES | VARIANTS)
 every_method = pytest.mark.parametrize("row", POLICIES.values(), ids=POLICIES)
 bounded_methods = {name: row for name, row in POLICIES.items() if row.make(10).budget is not None}
+growing_methods = {name: row for name, row in POLICIES.items() if name not in bounded_methods}
+every_growing_method = pytest.mark.parametrize("row", growing_methods.values(), ids=growing_methods)
 every_bounded_method = pytest.mark.parametrize("row", bounded_methods.values(), ids=bounded_methods)
 
 
