@@ -327,6 +327,10 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget: policies.elastic_cache(0.6, losers="evict", distance=2),
         lambda budget, **kw: elastic_cache.run(r=0.6, stage1="evict", distance=2, **kw),
     ),
+    "elastic_cache(official)": Row(
+        lambda budget: policies.elastic_cache(0.4, sinks=2, distance=3, selection="official"),
+        lambda budget, **kw: elastic_cache.run(r=0.4, start_size=2, distance=3, selection="official", **kw),
+    ),
     "elastic_cache(most)": Row(
         lambda budget: policies.elastic_cache(0.7, sinks=2, last=2, distance=1),
         lambda budget, **kw: elastic_cache.run(r=0.7, start_size=2, protect_size=2, distance=1, **kw),

@@ -168,6 +168,7 @@ def case(match, call, *args, **settings):
         case("pruned=None must be a finite number", "elastic_cache", pruned=None),
         case("distance=1000000000000 must be at most 2147483647", "elastic_cache", distance=10**12),
         case("last=-1 and distance=25 must not be negative", "elastic_cache", last=-1),
+        case("selection='topk' must be 'attended' or 'official'", "elastic_cache", selection="topk"),
         # Methods that store what is less important in a smaller form.
         case("ratio=1.5 must be a finite number at least 0 and at most 1", "mikv", ratio=1.5),
         case("ratio='abc' must be a finite number", "mikv", ratio="abc"),
