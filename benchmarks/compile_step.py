@@ -42,7 +42,7 @@ ROWS = 16
 POLICIES = {
     "h2o(2048)": policies.h2o(2048, window=1024),
     "snapkv(2048), int4": store(policies.snapkv(2048), keys=codecs.integer(4), values=codecs.integer(4)),
-    "mikv at 32768": policies.mikv(0.1, low_bits=4),
+    "mikv at 32768": policies.mikv(0.1, low_bits=4, group=32),
 }
 
 

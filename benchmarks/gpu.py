@@ -271,7 +271,7 @@ def steps(bench: Bench) -> None:
         "full": policies.full(),
         "streaming_llm": policies.streaming_llm(budget),
         "h2o": policies.h2o(budget, window=budget // 2),
-        "mikv": policies.mikv(0.1, low_bits=4),
+        "mikv": policies.mikv(0.1, low_bits=4, group=32),
     }.items():
         cache = _filled(bench, empty_cache(params, policy, rows, tokens=tokens + 32), tokens)
         sizes[name] = kvjax.nbytes(cache)

@@ -18,6 +18,7 @@ from pallas_kernels.slot_attention.packed import Packed
 
 TINY = 2.0**-24  # the smallest positive f16
 HUGE = 65504.0  # the largest
+HALF = 0  # as `Codec.group`: half of the channels there are
 
 
 class Codec(NamedTuple):
@@ -33,7 +34,7 @@ class Codec(NamedTuple):
       store: f32[B, H, N, D'] -> a tree of [B, H, N, ...].
       load: that tree -> f32[B, H, N, D'].
       check: (head_dim) -> None; refuses what does not fit.
-      group: Channels that share a step, in codecs that round.
+      group: Channels that share a step, in codecs that round; `HALF` where that depends on how many there are.
       narrows: Whether project leaves fewer channels.
       fit_and_project: As `fit`, but (what is chosen, project(k)), where one reading of the keys serves both; or None.
     """
@@ -65,7 +66,7 @@ def _same(x, fitted):
     return x
 
 
-def integer(bits: int, *, group: int = 32) -> Codec:
+def integer(bits: int, *, group: int | None = 32) -> Codec:
     """Rounds each token's channels, in groups, to integers of 2, 3, 4 or 8 bits, packed in words of 32.
 
     A group is stored as codes, a step and a minimum: x is near step code + minimum, by half a step and what f16 rounds.
@@ -75,11 +76,13 @@ def integer(bits: int, *, group: int = 32) -> Codec:
 
     Args:
       bits: 2, 3, 4 or 8. Three bits lie in two planes, two bits and one.
-      group: Channels that share a step; divides head_dim.
+      group: Channels that share a step; divides head_dim. None takes half of the channels, which are rotated alike.
     """
     bits = whole("integer", "bits", bits)
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"integer: bits={bits} must be 2, 3, 4 or 8.")
+    if group is None:
+        return _integer(bits, HALF)
     return _integer(bits, whole("integer", "group", group, least=1, mend="It is a divisor of head_dim."))
 
 
@@ -88,21 +91,22 @@ def _integer(bits: int, group: int) -> Codec:
     levels = 2**bits - 1
 
     def check(head_dim):
-        if head_dim % group:
+        if head_dim % (group or 2):
             raise ValueError(
-                f"integer: group={group} does not divide the {head_dim} channels of a head that are stored; give a "
-                f"divisor of it."
+                f"integer: group={group or None} does not divide the {head_dim} channels of a head that are stored; "
+                f"give a divisor of it."
             )
 
     def store(x):
+        size = group or x.shape[-1] // 2
         x = x.astype(jnp.float32).clip(-HUGE, HUGE)
-        x = x.reshape(*x.shape[:-1], -1, group)
+        x = x.reshape(*x.shape[:-1], -1, size)
         low, high = x.min(axis=-1), x.max(axis=-1)
         step = jnp.maximum((high - low) / levels, TINY).astype(jnp.float16)
         low = low.astype(jnp.float16)
         codes = (x - low[..., None].astype(jnp.float32)) / step[..., None].astype(jnp.float32)
         codes = jnp.round(codes).clip(0, levels).astype(jnp.uint32)
-        return Packed(pack(codes.reshape(*x.shape[:-2], -1), bits), step, low, bits, group)
+        return Packed(pack(codes.reshape(*x.shape[:-2], -1), bits), step, low, bits, size)
 
     return Codec(f"int{bits}", _nothing, _same, None, store, Packed.load, check, group)
 
@@ -131,6 +135,10 @@ def by_channel(codec: Codec, block: int) -> ByChannel:
         said = codec.name if isinstance(codec, Codec) else repr(codec)
         raise ValueError(
             f"by_channel: {said} rounds nothing by itself. Give a codec made by integer, such as integer(4)."
+        )
+    if codec.group == HALF:
+        raise ValueError(
+            f"by_channel: {codec.name} takes half of the channels for a group; give it a number of tokens."
         )
     block = whole("by_channel", "block", block, least=1, mend="It counts tokens.")
     if block % codec.group:

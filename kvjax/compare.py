@@ -18,6 +18,7 @@ import numpy as np
 
 from kvjax import policies, tasks
 from kvjax.cache import Cache, LayerShape
+from kvjax.counts import real, whole
 from kvjax.decoding import prefill, run_layer_in_place, step_with
 from kvjax.models.llama import Params
 from kvjax.models.weights import Model
@@ -119,8 +120,8 @@ def _kivi(to: Target) -> Policy | None:
         if to.head_dim * bits % 32:  # channels must fill words
             continue
         for residual in (128, 64, 32):
-            whole = (2 * residual + 1) * to.head_dim * to.number
-            if to.tokens * to.slot_of_integers(bits, group) + whole <= to.bytes:
+            full = (2 * residual + 1) * to.head_dim * to.number
+            if to.tokens * to.slot_of_integers(bits, group) + full <= to.bytes:
                 return policies.kivi(bits, group=group, residual=residual)
     return None
 
@@ -157,8 +158,7 @@ class Size:
     def __post_init__(self):
         least = {"tokens": 1, "contexts": 1, "per_kind": 1, "prose": 1, "forced": 4, "group": 1, "seed": 0}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"compare: {name}={getattr(self, name)} must be at least {bound}.")
+            whole("compare", name, getattr(self, name), least=bound)
         most = min(len(kind.keys) for kind in tasks.KINDS)
         if self.per_kind > most:
             raise ValueError(f"compare: per_kind={self.per_kind} is above {most}, the facts that a kind has.")
@@ -167,8 +167,8 @@ class Size:
                 f"compare: contexts={self.contexts} and prose={self.prose} must be multiples of group={self.group}, "
                 f"the rows that are read at once."
             )
-        if not all(0 < fraction <= 1 for fraction in self.fractions):
-            raise ValueError(f"compare: fractions={self.fractions} must be above 0 and at most 1.")
+        for fraction in self.fractions:
+            real("compare", "fractions", fraction, above=0, most=1, mend="They are shares of `tokens`, such as 1/4.")
 
 
 @dataclasses.dataclass

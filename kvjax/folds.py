@@ -148,7 +148,7 @@ def fold(
       cache: Of N slots.
       kept: bool[B, H, N], the slots that stay, targets among them.
       losers: All others that are occupied, as gathered from the cache; E a head.
-      target: i32[B, H, E], the slot that each loser joins.
+      target: i32[B, H, E], the slot that each loser joins, in its own row and head; it joins none beyond N.
       weight: f32[B, H, E], how much of the loser is added; nothing happens where it is 0.
       total: f32[B, H, E], what it adds to the divisor of its target, which is 1 without losers.
       seen: What attention saw; the fold waits for its output.

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvjax import policies
 from kvjax.cache import empty, resize
-from kvjax.counts import whole
+from kvjax.counts import real, whole
 from kvjax.decoding import prefill
 from kvjax.models.llama import Params
 from kvjax.policy import Mass, Policy, check_policy
@@ -124,12 +124,15 @@ def d2o(
     density = np.asarray(density, np.float64)
     if density.ndim != 1 or not density.size or not np.isfinite(density).all():
         raise ValueError(f"plans.d2o: density={density} must be a number for each layer: see plans.density.")
+    heavy = real("plans.d2o", "heavy", heavy, above=0, below=1, mend="It is a share of the tokens.")
+    window = real("plans.d2o", "window", window, above=0, below=1, mend="It is a share of the tokens.")
     layers, ratio = len(density), heavy + window
-    if not (heavy > 0 and window > 0 and ratio <= 1):
-        raise ValueError(f"plans.d2o: heavy={heavy} and window={window} must be above 0, and together at most 1.")
+    if ratio > 1:
+        raise ValueError(f"plans.d2o: heavy={heavy} and window={window} must be together at most 1; lower them.")
     whole("plans.d2o", "tokens", tokens, least=1)
+    whole("plans.d2o", "sinks", sinks, least=0)
     whole("plans.d2o", "multiple", multiple, least=1)
-    if any(not -layers <= i < layers for i in exempt):
+    if any(not -layers <= whole("plans.d2o", "exempt", i, mend="It lists layers.") < layers for i in exempt):
         raise ValueError(f"plans.d2o: exempt={tuple(exempt)} must be layers of {layers}.")
     weight = np.exp(density.min() - density)
     share = np.clip(weight / weight.sum() * layers * ratio, 0.01, 1.0)
@@ -160,10 +163,10 @@ def pyramidkv(layers: int, budget: int, *, window: int = 64, pool: int = 5, stee
     Source: the paper. Differs: running sums are rounded, and not budgets, so that the total is exact.
     """
     whole("pyramidkv", "layers", layers, least=1)
+    budget, window = whole("pyramidkv", "budget", budget), whole("pyramidkv", "window", window)
     if not 0 < window < budget:
         raise ValueError(f"pyramidkv: window={window} is outside 1..{budget - 1}, and part of budget={budget}.")
-    if not steepness >= 1:
-        raise ValueError(f"pyramidkv: steepness={steepness} must be at least 1.")
+    steepness = real("pyramidkv", "steepness", steepness, least=1, mend="The paper's is 20.")
     last = max(1.0, (budget - window) / steepness)
     places = np.linspace(2 * (budget - window) - last, last, layers) if layers > 1 else np.array([budget - window])
     sizes = np.diff(np.round(np.cumsum(places)), prepend=0).astype(int)

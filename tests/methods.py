@@ -206,6 +206,26 @@ VARIANTS = {  # of the same methods: only held to their oracles
         window=4,
         folds=True,
     ),
+    "d2o(not into sinks)": Row(
+        lambda budget: policies.d2o(budget, window=3, sinks=3, into_sinks=False),
+        lambda budget, **kw: d2o.run(heavy=budget - 3, window=3, sinks=3, into_sinks=False, **kw),
+    ),
+    "compactor(blend, scale)": Row(  # without a pool: two tokens between first and last are alike under one of three
+        lambda budget: policies.compactor(
+            budget, first=2, last=1, sketch=6, chunk=5, pool=1, blend=0.7, scale=None, seed=3
+        ),
+        lambda budget, **kw: compactor.run(
+            budget=budget,
+            first=2,
+            last=1,
+            chunk=5,
+            pool=1,
+            phi=projection(3, 0, kw["k"].shape[1], kw["k"].shape[2], 6),
+            blending=0.7,
+            scale=None,
+            **kw,
+        ),
+    ),
     "cam(heavy)": Row(
         lambda budget: policies.cam(budget, sinks=0, heavy=True, window=4, targets=5, seed=5),
         lambda budget, **kw: cam.run(
@@ -213,6 +233,31 @@ VARIANTS = {  # of the same methods: only held to their oracles
         ),
         window=4,
         folds=True,
+    ),
+    "cam(greedy, rolling)": Row(
+        lambda budget: policies.cam(budget, sinks=2, targets=3, seed=5, prompt="greedy", positions="rolling"),
+        lambda budget, **kw: cam.run(
+            select="recency",
+            budget=budget,
+            sinks=2,
+            targets=3,
+            draw=lambda head, pos: uniform(5, 0, head, pos),
+            prefill_mode="token",
+            positions="rolling",
+            **kw,
+        ),
+    ),
+    "cam(heavy, rolling)": Row(
+        lambda budget: policies.cam(budget, sinks=0, heavy=True, window=4, targets=5, seed=5, positions="rolling"),
+        lambda budget, **kw: cam.run(
+            select="h2o",
+            budget=budget,
+            window=4,
+            targets=5,
+            draw=lambda head, pos: uniform(5, 0, head, pos),
+            positions="rolling",
+            **kw,
+        ),
     ),
     "h2o(greedy)": Row(
         lambda budget: policies.h2o(budget, window=4, prompt="greedy"),
@@ -231,6 +276,18 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget, **kw: ems.run(
             budget=budget, window=4, combine="mean", p_keep=1.0, max_merge=3, tau=0.0, transfer_score=False, **kw
         ),
+    ),
+    "ems(global)": Row(
+        lambda budget: policies.ems(budget, window=3, combine="global", similar=0.1),
+        lambda budget, **kw: ems.run(budget=budget, window=3, combine="glo", tau=0.1, **kw),
+    ),
+    "ems(local)": Row(
+        lambda budget: policies.ems(budget, window=3, combine="local", similar=0.1),
+        lambda budget, **kw: ems.run(budget=budget, window=3, combine="loc", tau=0.1, **kw),
+    ),
+    "ems(raw)": Row(
+        lambda budget: policies.ems(budget, window=3, redundancy="raw", similar=0.1),
+        lambda budget, **kw: ems.run(budget=budget, window=3, redundancy="raw", tau=0.1, **kw),
     ),
     "kvmerger(paper)": Row(
         lambda budget: policies.kvmerger(
@@ -265,9 +322,19 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget: policies.kvmerger(budget, window=2, heavy=1, sigma=2.0, every=1),
         lambda budget, **kw: kvmerger.run(budget=budget, window=2, heavy=1, sigma=2.0, remerge_every=1, **kw),
     ),
+    "kvmerger(no merging in the answer)": Row(  # which single tokens are; more at once merge again
+        lambda budget: policies.kvmerger(budget, window=2, heavy=1, every=60),
+        lambda budget, calls, **kw: kvmerger.run(
+            budget=budget, window=2, heavy=1, remerge_every=None if max(calls[1:]) == 1 else 60, calls=calls, **kw
+        ),
+    ),
     "think(few)": Row(
         lambda budget: policies.think(6, recent=1, window=20),
         lambda budget, **kw: think.run(keep_count=6, recent=1, window=20, demote_tail=1, **kw),
+    ),
+    "think(part of an answer)": Row(  # the tail grows, as in the published code, and then no more
+        lambda budget: policies.think(4, recent=3, window=3, answer=6),
+        lambda budget, **kw: think.run(keep_count=4, recent=3, window=3, demote_tail=1, answer=6, **kw),
     ),
     "mikv(int8, int3)": Row(
         lambda budget: policies.mikv(0.3, low_bits=3, high_bits=8, group=8, heavy=1.0),
@@ -281,6 +348,10 @@ VARIANTS = {  # of the same methods: only held to their oracles
     "mikv(mean)": Row(
         lambda budget: policies.mikv(0.4, low_bits=4, group=4, mass="mean"),
         lambda budget, **kw: mikv.run(ratio=0.4, low_bits=4, group=4, mean=True, **kw),
+    ),
+    "mikv(votes of a window)": Row(
+        lambda budget: policies.mikv(0.5, low_bits=4, window=4),
+        lambda budget, **kw: mikv.run(ratio=0.5, low_bits=4, window=4, **kw),
     ),
     "elastic_cache(evict)": Row(
         lambda budget: policies.elastic_cache(0.6, losers="evict", distance=2),
@@ -312,15 +383,20 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget, **kw: attention_gate.run(threshold=0.7, protect_first=2, protect_last=0, **kw),
         given="p",
     ),
+    "elastic_cache(official)": Row(
+        lambda budget: policies.elastic_cache(0.4, sinks=2, distance=3, selection="official"),
+        lambda budget, **kw: elastic_cache.run(r=0.4, start_size=2, distance=3, selection="official", **kw),
+    ),
     "elastic_cache(most)": Row(
         lambda budget: policies.elastic_cache(0.7, sinks=2, last=2, distance=1),
         lambda budget, **kw: elastic_cache.run(r=0.7, start_size=2, protect_size=2, distance=1, **kw),
     ),
 }
 
-every_variant = pytest.mark.parametrize("row", (POLICIES | VARIANTS).values(), ids=POLICIES | VARIANTS)
 every_method = pytest.mark.parametrize("row", POLICIES.values(), ids=POLICIES)
 bounded_methods = {name: row for name, row in POLICIES.items() if row.make(10).budget is not None}
+growing_methods = {name: row for name, row in POLICIES.items() if name not in bounded_methods}
+every_growing_method = pytest.mark.parametrize("row", growing_methods.values(), ids=growing_methods)
 every_bounded_method = pytest.mark.parametrize("row", bounded_methods.values(), ids=bounded_methods)
 
 

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import kvjax
 from kvjax import policies, selects
 from kvjax.cache import FREE, LayerShape, take
-from tests.methods import every_bounded_method, every_method, kept_positions
+from tests.methods import every_bounded_method, every_growing_method, every_method, kept_positions
 
 B, H, G, D, BUDGET, ROPE = 2, 2, 2, 8, 10, kvjax.Rope(100.0)
 PROMPT, LENGTHS = 14, (14, 5)
@@ -62,6 +62,20 @@ def test_what_is_protected_survives_any_attention(row, seed, scale):
 @every_bounded_method
 def test_what_is_protected_survives_attention_that_overflows(row):
     check_slots(row, 0, 1e25)
+
+
+@pytest.mark.parametrize("scale", [1e12, 1e25])
+@every_growing_method
+def test_what_grows_keeps_its_count_and_its_newest_token_whoever_gets_all_attention(row, scale):
+    policy = row.make(BUDGET)
+    for out, cache, seen in run(policy, np.random.default_rng(0), scale):
+        for b, total in enumerate(seen):
+            held = zip(*(kept_positions(tier, b) for tier in cache.tiers), strict=True)
+            for positions in (sum(tiers, []) for tiers in held):
+                assert len(set(positions)) == len(positions) and {0, total - 1} <= set(positions) <= set(range(total))
+                share = total - total // 2 if policy.grow and policy.low is None else total  # half, if it lets any go
+                assert len(positions) == share
+        assert scale > 1e12 or np.isfinite(out).all()
 
 
 def check_slots(row, seed, scale):

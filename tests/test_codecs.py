@@ -136,6 +136,7 @@ def test_a_pipe_is_one_after_the_other():
         (lambda: codecs.integer(5), "bits=5 must be 2, 3, 4 or 8"),
         (lambda: codecs.integer(4, group=0), "group=0 must be at least 1"),
         (lambda: codecs.integer(4, group=24).check(64), "group=24 does not divide the 64 channels"),
+        (lambda: codecs.integer(4, group=None).check(33), "group=None does not divide the 33 channels"),
         (lambda: codecs.prune_channels(64).check(64), "keep=64 prunes nothing of 64"),
         (lambda: codecs.prune_channels(0), "keep=0 must be at least 1"),
         (lambda: codecs.pipe(codecs.integer(4), codecs.prune_channels(8)), "int4 stores codes.*Put it last"),

@@ -202,15 +202,22 @@ def test_nothing_to_measure_is_refused(name):
         Size(**{name: 0})
 
 
+def test_a_size_that_is_no_whole_number_is_refused():
+    with pytest.raises(ValueError, match="tokens=nan must be a whole number"):
+        Size(tokens=float("nan"))
+    with pytest.raises(ValueError, match="forced=8.0 must be a whole number"):
+        Size(forced=8.0)
+
+
 @pytest.mark.parametrize("given", [{"contexts": 3}, {"prose": 5}, {"group": 3}])
 def test_rows_that_do_not_fill_a_group_are_refused(given):
     with pytest.raises(ValueError, match=r"must be multiples of group=\d"):
         Size(**given)
 
 
-@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01])
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01, float("nan"), "1/4", None])
 def test_a_fraction_outside_the_context_is_refused(fraction):
-    with pytest.raises(ValueError, match="must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match=f"fractions={fraction!r} must be a finite number above 0 and at most 1"):
         Size(fractions=(0.5, fraction))
 
 

@@ -181,6 +181,25 @@ def test_values_add_up_when_everything_merges(calls, options):
 
 
 @each_base
+def test_token_by_token_is_as_many_calls(options):
+    q, k, v = make_stream(N)
+    settings = dict(targets=3, draw=lambda h, p: 0.5, **options)
+    whole = cam.run(q, k, v, [18, 6], prefill_mode="token", **settings)
+    steps = cam.run(q, k, v, [1] * N, **settings)
+    for call, start, stop in zip(whole, (0, 18), (18, N), strict=True):
+        assert_allclose(call.out, np.concatenate([step.out for step in steps[start:stop]]), atol=1e-12)
+        assert call.kept == steps[stop - 1].kept
+
+
+def test_rolling_without_merging_is_streaming_llm():
+    stream, calls = make_stream(N), [18, 1, 1, 1, 1, 1, 1]
+    got = cam.run(*stream, calls, select="recency", budget=6, sinks=2, draw=never, positions="rolling")
+    for a, b in zip(got, streaming_llm.run(*stream, calls, budget=6, sinks=2), strict=True):
+        assert_allclose(a.out, b.out, atol=1e-12)
+        assert a.kept == b.kept
+
+
+@each_base
 def test_drop_merges_in_steps_only(options):
     q, k, v = make_stream(N)
     prompt, chunk, step = cam.run(q, k, v, [18, 5, 1], **options, targets=3, draw=always, prefill_mode="drop")

@@ -100,6 +100,12 @@ def test_example_code_mean():
     holds(prompt[0], {2: ((-0.1344, 0.9608), (1.92, 1.00))})
 
 
+def test_sinks_that_are_no_targets_are_not_compared_with():
+    (hand, _, tau), *_ = example(into_sinks=False)
+    assert_allclose(tau, 0.78, atol=1e-12)  # of .6, for token 1 at 2 and no longer .8 at the sink, and .96
+    holds(hand, {2: ((-0.1372, 0.9804), (1.960005, 1.019997))})
+
+
 def test_example_beta():
     _, (first, _, tau), _ = example(beta=0.5)
     assert_allclose(tau, 0.509296, atol=1e-6)

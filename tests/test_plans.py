@@ -103,9 +103,15 @@ def test_pyramidkv_keeps_the_total():
         (lambda: kvjax.empty_cache(PARAMS, plans.by_layer([H2O]), 1), "for 1 layers, and this model has 2"),
         (lambda: plans.d2o([np.nan, 1], 100), "a number for each layer"),
         (lambda: plans.d2o([0.5] * 4, 100, heavy=0.9, window=0.2), "together at most 1"),
+        (lambda: plans.d2o([0.5] * 4, 100, heavy=np.nan), "heavy=nan must be a finite number above 0 and below 1"),
+        (lambda: plans.d2o([0.5] * 4, 100, window="x"), "window='x' must be a finite number"),
+        (lambda: plans.d2o([0.5] * 4, 100, sinks=2.5), "sinks=2.5 must be a whole number"),
+        (lambda: plans.d2o([0.5] * 4, 100, exempt=(0.5,)), "exempt=0.5 must be a whole number. It lists layers"),
         (lambda: plans.d2o([0.5] * 4, 100, exempt=(4,)), r"exempt=\(4,\) must be layers of 4"),
         (lambda: plans.pyramidkv(4, 64), r"window=64 is outside 1\.\.63"),
-        (lambda: plans.pyramidkv(4, 100, steepness=0.5), "steepness=0.5"),
+        (lambda: plans.pyramidkv(4, 100, steepness=0.5), "steepness=0.5 must be a finite number at least 1"),
+        (lambda: plans.pyramidkv(4, 100, steepness=None), "steepness=None must be a finite number"),
+        (lambda: plans.pyramidkv(4, 100, window=np.nan), "window=nan must be a whole number"),
     ],
 )
 def test_plans_that_cannot_be(make, match):

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 import kvjax
 from kvjax import policies
 from kvjax.draws import mix
-from tests.methods import every_variant, kept_positions
+from tests.methods import POLICIES, VARIANTS, kept_positions
 
 Q_HEADS, KV_HEADS, HEAD_DIM, BASE = 6, 2, 8, 100.0  # a small base: rotations matter within a few tokens
 
@@ -61,8 +61,12 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
-@every_variant
+# A variant meets short prompts in chunks, too.
+CASES = {f"{name}-{kind}": (row, CALLS[kind]) for name, row in (POLICIES | VARIANTS).items() for kind in CALLS
+         if name in POLICIES or kind != "short prompt"}  # fmt: skip
+
+
+@pytest.mark.parametrize("row, calls", CASES.values(), ids=CASES)
 def test_outputs_and_kept_positions_are_those_of_the_oracle(row, calls):
     budget, (prompts, rest) = 10, calls
     q, k, v = streams(len(prompts), max(prompts) + sum(rest), seed=3)

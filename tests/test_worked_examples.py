@@ -527,6 +527,12 @@ def test_elastic_cache_gives_the_token_in_the_middle_to_the_left_anchor():
     assert_allclose(held(cache, cache.k)[:, 0], [0, 25, 55, 70], **DIGITS)  # 10 20 30 40, and 50 60
 
 
+def test_elastic_cache_repeats_the_slips_of_the_published_code():
+    (cache,) = elastic_steps(policies.elastic_cache(0.5, selection="official"), 10, ANCHOR_MASS, 0)
+    assert kept(cache) == [0, 3, 6, 9]  # 0, 1, 3 itself and 4 join 3; 6 itself and 7 join 6
+    assert_allclose(held(cache, cache.k)[:, 0], [0, 22, 63.333333, 90], **DIGITS)
+
+
 def test_elastic_cache_drops_the_oldest_token_behind_the_fixed_place():
     caches = list(elastic_steps(policies.elastic_cache(0.5, distance=2), 10, ANCHOR_MASS, 8))
     held_then = [set(kept(cache)) for cache in caches]

@@ -21,6 +21,7 @@ def ems(
     keep: float = 0.95,
     merge: int | None = None,
     similar: float = 0.6,
+    redundancy: str = "clipped",
     transfer: bool = True,
 ) -> Policy:
     """Keeps important tokens and the newest; merges the less important into them, and drops the irrelevant.
@@ -39,11 +40,15 @@ def ems(
       combine: "max" or "mean" of both scores, or "global" or "local" alone.
       keep: Share of all importance that is not irrelevant.
       merge: Tokens that may join centres at most; None allows four for each centre.
-      similar: A token joins a centre if cos(keys) cos(values) reaches this; negative cosines count as 0.
+      similar: A token joins a centre if cos(keys) cos(values) reaches this.
+      redundancy: "clipped" counts a negative cosine as 0; "raw" is the plain product, the paper's, under which a token
+        is also like one that is opposite to it in both.
       transfer: Whether a centre takes over the global score of what joins it.
 
     Source: the abstracts, reviews and two comparisons; neither text nor code was to be had. How the classes are cut,
-    the formula of merging, its times and all numbers are reconstructions of ours.
+    the formula of merging, its times and all numbers are reconstructions of ours. Keys are compared and merged as they
+    are cached, rotated; the paper looked at un-rotated keys too, which attention here cannot read at true positions.
+    Heads with budgets of their own are not offered: their padded buffers would save nothing.
     """
     if not 0 < window < budget:
         raise ValueError(
@@ -52,6 +57,8 @@ def ems(
         )
     if combine not in ("max", "mean", "global", "local"):
         raise ValueError(f"ems: combine={combine!r} must be 'max', 'mean', 'global' or 'local'.")
+    if redundancy not in ("clipped", "raw"):
+        raise ValueError(f"ems: redundancy={redundancy!r} must be 'clipped' or 'raw'.")
     keep = real("ems", "keep", keep, above=0, most=1, mend="1 drops nothing for being irrelevant.")
     similar = real("ems", "similar", similar, least=0, most=1, mend="1 merges only what is alike.")
     transfer = flag("ems", "transfer", transfer)
@@ -99,7 +106,7 @@ def ems(
         if source.shape[-1]:
             rank = centres + jnp.arange(source.shape[-1])
             joins = at(candidate, source) & (rank < relevant) & due
-            cache = _merge(cache, seen, centre, is_centre, source, joins, score, similar, transfer)
+            cache = _merge(cache, seen, centre, is_centre, source, joins, score, similar, transfer, redundancy)
         return free_losers(cache, kept)
 
     return Policy("ems", budget + window - 1, frozenset({Mass(), Mass(window)}), init, update)
@@ -115,7 +122,7 @@ def _combined(stats, occupied, combine):
     return {"mean": (everywhere + local) / 2, "global": everywhere, "local": local}[combine]
 
 
-def _merge(cache, seen, centre, is_centre, source, joins, score, similar, transfer):
+def _merge(cache, seen, centre, is_centre, source, joins, score, similar, transfer, redundancy):
     """Sources i32[B, H, E] join their centre, of i32[B, H, M], where `joins` and where one is similar enough."""
     k, v, pos, stats = jax.tree.map(lambda leaf: at(leaf, centre), cache.slot_aligned())
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
@@ -127,10 +134,11 @@ def _merge(cache, seen, centre, is_centre, source, joins, score, similar, transf
 
     def find(both):
         mine, mine_v = both[..., : unit.shape[-1]], both[..., unit.shape[-1] :]
-        alike = jnp.einsum("bhed,bhmd->bhem", mine, unit).clip(0) * jnp.einsum("bhed,bhmd->bhem", mine_v, unit_v).clip(
-            0
+        of_keys, of_values = (
+            jnp.einsum("bhed,bhmd->bhem", *pair).clip(0 if redundancy == "clipped" else None)
+            for pair in ((mine, unit), (mine_v, unit_v))
         )
-        alike = jnp.where(is_centre[:, :, None], alike, -1.0)
+        alike = jnp.where(is_centre[:, :, None], of_keys * of_values, -jnp.inf)
         return first_best(alike, pos[:, :, None])
 
     chosen, top = in_blocks(find, jnp.concatenate([unit_in, unit_v_in], axis=-1), BLOCK)

@@ -43,14 +43,16 @@ def kvmerger(
         without the pivot's 0; or a number.
       value_scale: "mean", or "set_size" (the paper), which multiplies a run's value by its length.
       count_bias: Adds ln(length) to the logits of a run, so that it weighs as much as its tokens did.
-      every: Tokens that arrive before runs are looked for again.
+      every: Tokens that arrive before runs are looked for again. As many as the answer will have, and nothing is merged
+        while decoding, as in the paper; they take slots.
 
     On prose it loses to H2O: SmolLM2 at 1/8 of 1000 tokens has a KL of 0.19 to 0.28 nats, and H2O 0.15. What is neither
     new nor heavy is kept for being unlike its neighbours, which is a poor reason (see keydiff): the larger the share
     that stays alone, the smaller the KL. A width of 5 helps where few stay alone.
 
     Source: reviews and comparisons that quote the paper; neither its text nor code was to be had. The paper defines no
-    merging while decoding: `every` is ours, and so are "budget", the bias and "mean", which lose less.
+    merging after the prompt: that `every` tokens merge again is ours, and that a later call of several tokens does; and
+    so are "budget", the bias and "mean", which lose less.
     """
     check_budget("kvmerger", budget)
     if not (window >= 1 and heavy >= 0 and window + heavy <= budget):

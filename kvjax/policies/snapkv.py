@@ -1,9 +1,7 @@
 """SnapKV, votes of an observation window. Li et al. 2024, arXiv:2404.14469."""
 
-import jax.numpy as jnp
-
-from kvjax.policy import Mass, Policy, Scorer, evict, method
-from kvjax.scorers import protect
+from kvjax.policy import Policy, evict, method
+from kvjax.scorers import protect, window_votes
 
 
 @method
@@ -29,23 +27,4 @@ def snapkv(budget: int, *, window: int = 64, pool: int = 5) -> Policy:
     if pool < 1 or pool % 2 == 0:
         raise ValueError(f"snapkv: pool={pool} is not a positive odd number; 5 is the paper's default.")
 
-    def observe(cache, seen):
-        votes = seen.mass[Mass(window)]
-        if seen.positions.shape[1] > 1:
-            outside = cache.pos <= (seen.now - window)[:, None, None]
-            pooled = jnp.where(outside, _pool(jnp.where(outside, votes, 0.0), cache.pos, pool), 0.0)
-            alone = (seen.positions >= 0).sum(axis=1) == 1  # a padded row with one token is a decode step
-            votes = jnp.where(alone[:, None, None], votes, pooled)
-        return {**cache.stats, "votes": cache.stats["votes"] + votes}
-
-    scorer = Scorer(frozenset({Mass(window)}), {"votes": ()}, observe, lambda cache, seen: cache.stats["votes"])
-    return evict(protect(scorer, window=window), budget=budget)
-
-
-def _pool(x, pos, width):
-    """Mean of `width` neighbours in the order of `pos`, with zeros beyond the ends; all are [B, H, N]."""
-    order = jnp.argsort(pos, axis=-1)  # free slots come first, as zeros: they are the end beyond the oldest
-    sums = jnp.take_along_axis(x, order, axis=-1)
-    padded = jnp.pad(sums, [(0, 0), (0, 0), (width // 2, width // 2)])
-    pooled = sum(padded[..., i : i + x.shape[-1]] for i in range(width)) / width
-    return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
+    return evict(protect(window_votes(window, pool), window=window), budget=budget)

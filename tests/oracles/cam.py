@@ -2,7 +2,7 @@
 
 Source: Zhang et al. 2024, "CaM: Cache Merging for Memory-efficient LLMs Inference", ICML 2024, Eq. 14.
 Who leaves is decided by a base method: the first and the newest tokens at their true positions ("recency"), or
-H2O ("h2o"). Tokens hold ROTATED keys here; values change, keys never do.
+H2O ("h2o"). Tokens hold ROTATED keys here, unless positions roll; values change, keys never do.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.oracles import common
+from tests.oracles.streaming_llm import rank_places
 
 Scores = dict[int, float]  # original position -> attention received so far
 
@@ -74,12 +75,15 @@ def run(
     targets: int = 32,
     draw: Callable[[int, int], float],
     prefill_mode: str = "cascade",
+    positions: str = "true",
 ) -> list[common.Call]:
     """q is f64[n, Hq, D]; k and v are f64[n, H, D]; none is rotated.
 
     window: of "h2o" only; sinks: of "recency" only.
     draw: kv head, position -> the u in [0, 1] that decides about this position when it is evicted.
-    prefill_mode: "cascade" merges in every call; "drop" merges in calls of one token and otherwise drops.
+    prefill_mode: "cascade" merges in every call; "drop" merges in calls of one token and otherwise drops; "token" takes
+      the tokens of every call one at a time, each seeing what the one before left.
+    positions: "rolling" numbers tokens by rank in the cache, and holds keys that are not rotated.
     scores of a call are the attention received, whether or not the base method chooses by it.
     """
     if select == "recency":
@@ -90,14 +94,17 @@ def run(
         raise ValueError(f"unknown select {select!r}")
     if not fits or targets < 1:
         raise ValueError(f"{select}: budget {budget}, window {window}, sinks {sinks}, targets {targets} do not fit")
-    if prefill_mode not in ("cascade", "drop"):
-        raise ValueError(f"unknown prefill_mode {prefill_mode!r}")
+    if prefill_mode not in ("cascade", "drop", "token") or positions not in ("true", "rolling"):
+        raise ValueError(f"unknown prefill_mode {prefill_mode!r} or positions {positions!r}")
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     n, q_heads, dim = q.shape
     kv_heads = k.shape[1]
     group = q_heads // kv_heads
     if sum(calls) != n or min(calls) < 1:
         raise ValueError(f"calls must be positive and sum to {n}, got {calls}")
+    if prefill_mode == "token":
+        settings = dict(select=select, budget=budget, window=window, sinks=sinks, targets=targets, draw=draw)
+        return common.regrouped(run(q, k, v, [1] * n, base=base, positions=positions, **settings), calls)
 
     hands: list[common.Hand] = [{} for _ in range(kv_heads)]
     masses: list[Scores] = [{} for _ in range(kv_heads)]
@@ -110,12 +117,17 @@ def run(
         for h in range(kv_heads):
             hand, mass = hands[h], masses[h]
             for p in range(start, stop):
-                hand[p] = common.Token(common.rope(k[p, h], p, base), v[p, h])
+                key = common.rope(k[p, h], p, base) if positions == "true" else k[p, h]
+                hand[p] = common.Token(key, v[p, h])
                 mass[p] = 0.0
+            places = rank_places(hand)
             for p in range(start, stop):
                 rows = []
                 for x in range(h * group, (h + 1) * group):
-                    out[p - start, x], probs = attend(common.rope(q[p, x], p, base), p, hand)
+                    if positions == "true":
+                        out[p - start, x], probs = attend(common.rope(q[p, x], p, base), p, hand)
+                    else:
+                        out[p - start, x], probs = common.attend(q[p, x], p, hand, places, base)
                     rows.append(probs)
                 for j, prob in common.average(rows).items():
                     mass[j] += prob

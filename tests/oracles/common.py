@@ -163,3 +163,13 @@ def replay(
         results.append(Call(out, kept, scores))
         start = stop
     return results
+
+
+def regrouped(steps: list[Call], calls: list[int]) -> list[Call]:
+    """Steps of one token each as `calls` of several, which leave behind what their last step left."""
+    results = []
+    for c in calls:
+        mine, steps = steps[:c], steps[c:]
+        last = mine[-1]
+        results.append(Call(np.concatenate([step.out for step in mine]), last.kept, last.scores, last.held))
+    return results

@@ -133,6 +133,7 @@ def compress(
     beta: float = 0.7,
     weights: str = "exp",
     gate: str = "rank_mean",
+    into_sinks: bool = True,
 ) -> tuple[list[common.Hand], float | None]:
     """What each kv head holds after eviction and merging, and the new threshold."""
     kept = [select(s, heavy=heavy, window=window, sinks=sinks) for s in scores]
@@ -140,7 +141,8 @@ def compress(
     if not evicted[0]:
         return hands, tau
 
-    found = [[nearest(p, hands[h], kept[h]) for p in evicted[h]] for h in range(len(hands))]
+    open_to = kept if into_sinks else [[c for c in left if c >= sinks] for left in kept]
+    found = [[nearest(p, hands[h], open_to[h]) for p in evicted[h]] for h in range(len(hands))]
     alike = np.array([[u for _, u in row] for row in found])
     new_tau = move(tau, alike, beta)
     merged = passes(alike, new_tau, gate, first=tau is None)
@@ -179,8 +181,12 @@ def run(
     beta: float = 0.7,
     weights: str = "exp",
     gate: str = "rank_mean",
+    into_sinks: bool = True,
 ) -> list[Call]:
-    """q is f64[n, Hq, D]; k and v are f64[n, H, D]; none is rotated. `heavy` includes the sinks."""
+    """q is f64[n, Hq, D]; k and v are f64[n, H, D]; none is rotated. `heavy` includes the sinks.
+
+    Without `into_sinks` the first tokens stay as they came: nothing is compared with them, nor merged into them.
+    """
     if not (0 <= sinks <= heavy and window >= 1):
         raise ValueError(f"needs 0 <= sinks <= heavy and window >= 1, got {sinks}, {heavy}, {window}")
     if weights not in ("exp", "code_mean") or gate not in ("rank_mean", "per_head"):
@@ -213,7 +219,16 @@ def run(
                     scores[h][j] += prob
 
         hands, tau = compress(
-            hands, scores, tau, heavy=heavy, window=window, sinks=sinks, beta=beta, weights=weights, gate=gate
+            hands,
+            scores,
+            tau,
+            heavy=heavy,
+            window=window,
+            sinks=sinks,
+            beta=beta,
+            weights=weights,
+            gate=gate,
+            into_sinks=into_sinks,
         )
         hands = [dict(sorted(hand.items())) for hand in hands]
         results.append(Call(out, [list(hand) for hand in hands], scores, [dict(hand) for hand in hands], tau))

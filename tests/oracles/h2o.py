@@ -5,8 +5,6 @@ over a whole call, or in the paper's that drops them token by token. Probabiliti
 query heads of a kv head.
 """
 
-import numpy as np
-
 from tests.oracles import common
 from tests.oracles.streaming_llm import rank_places
 
@@ -73,8 +71,4 @@ def run(
     if any(c < 1 for c in calls):
         raise ValueError(f"calls must be positive, got {calls}")
     steps = common.replay(q, k, v, [1] * sum(calls), base=base, choose=choose, place=place)
-    results = []
-    for c in calls:
-        mine, steps = steps[:c], steps[c:]
-        results.append(common.Call(np.concatenate([step.out for step in mine]), mine[-1].kept, mine[-1].scores))
-    return results
+    return common.regrouped(steps, calls)

@@ -1,7 +1,7 @@
 """MiKV: every token stays, the important ones at high precision and the rest at few bits.
 
 Source: Yang et al. 2024, arXiv:2402.18096. Importance is H2O's: attention received so far, summed over the
-query heads of a kv head, and the newest tokens. The first call is the prompt.
+query heads of a kv head, and the newest tokens; or SnapKV's votes. The first call is the prompt.
 """
 
 from fractions import Fraction
@@ -10,6 +10,9 @@ import numpy as np
 
 from tests.oracles import common
 from tests.oracles.quantiser import balancer, rounded
+from tests.oracles.snapkv import ballot
+
+POOL = 5  # neighbours over which votes are averaged
 
 
 def tier_sizes(t: int, ratio: float, heavy_share: float = 0.5) -> tuple[int, int]:
@@ -43,8 +46,8 @@ def coded(token: common.Token, bits: int, group: int, bal: np.ndarray) -> common
 class Head:
     """One kv head; queries and keys come rotated."""
 
-    def __init__(self, ratio, low_bits, high_bits, group, balance, heavy_share, twice, mean):
-        self.ratio, self.heavy_share, self.mean = ratio, heavy_share, mean
+    def __init__(self, ratio, low_bits, high_bits, group, balance, heavy_share, twice, mean, window):
+        self.ratio, self.heavy_share, self.mean, self.window = ratio, heavy_share, mean, window
         self.low_bits, self.high_bits, self.group = low_bits, high_bits, group
         self.balance, self.twice = balance, twice
         self.bal: np.ndarray | None = None
@@ -52,6 +55,7 @@ class Head:
         self.held: common.Hand = {}
         self.high: list[int] = []
         self.mass: dict[int, float] = {}
+        self.votes: dict[int, float] = {}
 
     def call(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Takes q f64[c, G, D], k and v f64[c, D]; returns f64[c, G, D]."""
@@ -62,11 +66,14 @@ class Head:
             self.held[p] = self.exact[p] if prompt else self.encode(p, self.high_bits)
             self.mass[p] = 0.0
 
-        out = self.attend(q, new)
+        out, rows = self.attend(q, new)
 
         t = len(self.exact)
         n_hi, n_rec = tier_sizes(t, self.ratio, self.heavy_share)
         worth = {p: m / (t - p if self.mean else 1) for p, m in self.mass.items()}  # t - p queries have seen token p
+        if self.window is not None:
+            n_rec = max(n_rec, min(self.window, n_hi))
+            worth = self.voted(rows, [*self.high, *new])
         if prompt:
             self.bal = balancer(q, k) if self.balance else np.ones(k.shape[1])
             self.high = first_high(worth, n_hi, n_rec)
@@ -80,15 +87,25 @@ class Head:
                     self.held[p] = self.encode(p, self.low_bits, again=self.twice)
         return out
 
-    def attend(self, q: np.ndarray, new: range) -> np.ndarray:
-        out = np.zeros(q.shape)
+    def voted(self, rows: list[list[common.Probs]], high: list[int]) -> dict[int, float]:
+        """The votes of the tokens that are high or new, those of this call added; no others stand for the choice."""
+        seen = [[{p: row[p] for p in row if p in high} for row in query] for query in rows]
+        given = ballot(seen, high, max(high), self.window, POOL)
+        self.votes = {p: self.votes.get(p, 0.0) + given[p] for p in high}
+        return self.votes
+
+    def attend(self, q: np.ndarray, new: range) -> tuple[np.ndarray, list[list[common.Probs]]]:
+        """Outputs, and the probabilities of each query head of each query."""
+        out, rows = np.zeros(q.shape), []
         unturned = dict.fromkeys(self.held, 0)  # keys are stored rotated
         for i, p in enumerate(new):
+            rows.append([])
             for x in range(q.shape[1]):
                 out[i, x], probs = common.attend(q[i, x], p, self.held, unturned, 1.0)
+                rows[-1].append(probs)
                 for seen, prob in probs.items():
                     self.mass[seen] += prob
-        return out
+        return out, rows
 
     def encode(self, p: int, bits: int, again: bool = False) -> common.Token:
         return coded(self.held[p] if again else self.exact[p], bits, self.group, self.bal)
@@ -109,11 +126,13 @@ def run(
     heavy_share: float = 0.5,
     twice: bool = False,
     mean: bool = False,
+    window: int | None = None,
 ) -> list[common.Call]:
     """`kept` is the high tier; `scores` is the mass of every token; `held` is every token.
 
     A demoted token is rounded from the original, or with `twice` from its high-tier codes (16 bits: no difference).
-    With `mean`, tokens are important by their mass over the number of queries that have seen them.
+    With `mean`, tokens are important by their mass over the number of queries that have seen them; with `window`, by
+    the votes of that many last queries of each call, and so many of the newest are high as far as the tier goes.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     n, kv_heads, dim = k.shape
@@ -124,7 +143,8 @@ def run(
     q, k = (np.array([[common.rope(x, p, base) for x in row] for p, row in enumerate(rows)]) for rows in (q, k))
     q = q.reshape(n, kv_heads, -1, dim)
     heads = [
-        Head(ratio, low_bits, high_bits, group or dim // 2, balance, heavy_share, twice, mean) for _ in range(kv_heads)
+        Head(ratio, low_bits, high_bits, group or dim // 2, balance, heavy_share, twice, mean, window)
+        for _ in range(kv_heads)
     ]
     results = []
     start = 0

@@ -46,8 +46,8 @@ def thinned(token: common.Token, keep: list[int]) -> common.Token:
 class Head:
     """One kv head; queries and keys come rotated."""
 
-    def __init__(self, count: int, window: int, recent: int, paired: bool, demote_tail: int | None):
-        self.count, self.window, self.recent = count, window, recent
+    def __init__(self, count: int, window: int, recent: int, paired: bool, demote_tail: int | None, answer: int = 0):
+        self.count, self.window, self.recent, self.answer = count, window, recent, answer
         self.paired, self.demote_tail = paired, demote_tail
         self.keep: list[int] | None = None
         self.held: common.Hand = {}
@@ -64,7 +64,8 @@ class Head:
             unturned = dict.fromkeys(self.held, 0)  # keys are stored rotated
             for x in range(q.shape[1]):
                 out[i, x], _ = common.attend(q[i, x], p, self.held, unturned, 1.0)
-            if not prompt and self.demote_tail and len(self.tail) == self.recent + self.demote_tail:
+            most = self.recent + self.answer
+            if not prompt and self.demote_tail and len(self.tail) == most + self.demote_tail:
                 self.thin(self.demote_tail)
         if prompt:
             self.keep = keep_channels(channel_scores(q[-self.window :], k), self.count, self.paired)
@@ -92,10 +93,12 @@ def run(
     paired: bool = False,
     demote_tail: int | None = None,
     keep_count: int | None = None,
+    answer: int = 0,
 ) -> list[common.Call]:
     """`kept` is the positions of full-width keys; `held` is every token, with zeros for dropped channels.
 
-    `keep_count` sets the number of channels kept, in place of ratio and round_to.
+    `keep_count` sets the number of channels kept, in place of ratio and round_to. `demote_tail` thins so many of the
+    oldest keys of the tail whenever it holds that many above recent + answer; None lets it grow.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     n, kv_heads, dim = k.shape
@@ -108,7 +111,7 @@ def run(
         raise ValueError(f"cannot keep {count} of {dim} channels")
     q, k = (np.array([[common.rope(x, p, base) for x in row] for p, row in enumerate(rows)]) for rows in (q, k))
     q = q.reshape(n, kv_heads, -1, dim)
-    heads = [Head(count, window, recent, paired, demote_tail) for _ in range(kv_heads)]
+    heads = [Head(count, window, recent, paired, demote_tail, answer) for _ in range(kv_heads)]
     results = []
     start = 0
     for c in calls:
