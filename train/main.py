@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import optax
@@ -45,6 +46,7 @@ def run(
     task: Callable[[Config, Settings], loop.Task],
     schedule: Callable[[Settings], optax.Schedule],
     *,
+    heads_of: Callable[[Any], Any] = lambda trained: trained,
     show: Sequence[str] = (),
 ) -> None:
     """The command: reads the settings, trains, and writes the heads.
@@ -53,6 +55,7 @@ def run(
       kind: The program's settings.
       task: What is trained, of the model's config and the settings.
       schedule: The learning rate, of the settings.
+      heads_of: The stacked heads among what was trained; None where there are none.
       show: Metrics for the progress bar.
     """
     arguments = argparse.ArgumentParser(description=f"Trains heads: python -m train.{kind.__module__.split('.')[-1]}")
@@ -65,13 +68,20 @@ def run(
         settings = config.read(given.config, kind, given.overrides)
         coordinator, count, index = given.processes or (None, None, None)
         meshes.start_processes(coordinator, *(None if n is None else int(n) for n in (count, index)))
-        train(settings, task, schedule, show=show)
+        train(settings, task, schedule, heads_of=heads_of, show=show)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
-def train(settings: Settings, task: Callable, schedule: Callable, *, show: Sequence[str] = ()) -> None:
-    """Trains heads as `settings` say, and writes them to `settings.output`."""
+def train(
+    settings: Settings,
+    task: Callable,
+    schedule: Callable,
+    *,
+    heads_of: Callable[[Any], Any] = lambda trained: trained,
+    show: Sequence[str] = (),
+) -> Any:
+    """Trains as `settings` say, writes the heads to `settings.output`, and returns all that was trained."""
     mesh = meshes.make_mesh(settings.data, settings.fsdp, settings.tensor)
     model = kvjax.load(settings.model, dtype=settings.dtype)
     rows = data.read_rows(
@@ -108,11 +118,12 @@ def train(settings: Settings, task: Callable, schedule: Callable, *, show: Seque
             "data": rows.summary.digest,
             **{name: str(value) for name, value in dataclasses.asdict(settings).items()},
         },
-        may_change=("folder", "output", "steps", "save_every", "keep", "workers", "data", "fsdp", "tensor"),
+        may_change=("folder", "output", "save_every", "keep", "workers", "data", "fsdp", "tensor"),
     )
     trained = jax.device_get(jax.jit(lambda tree: tree, out_shardings=meshes.replicated(mesh))(trained))
-    if first:
+    if first and heads_of(trained) is not None:
         pathlib.Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
-        per_layer = backbone.unstack(trained, model.config.layers)
+        per_layer = backbone.unstack(heads_of(trained), model.config.layers)
         heads.save(settings.output, per_layer, model.params, steps=str(settings.steps), data=", ".join(settings.files))
         print(f"Wrote {settings.output}.", flush=True)
+    return trained
