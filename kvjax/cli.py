@@ -1,6 +1,7 @@
 """The command `kvjax`."""
 
 import contextlib
+import dataclasses
 import inspect
 import sys
 import time
@@ -22,6 +23,10 @@ SinksOption = Annotated[int | None, typer.Option(help="First tokens that always 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Another setting of the method, name=value; can be given again.")
 ]
+HeadsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--heads", help="A file of trained heads; without it those that come with kvjax. Can be given again."),
+]
 DEMO = "full,streaming_llm,h2o,snapkv,tova,keydiff,compactor,ems,kvmerger"  # within six minutes on two cores
 FileOption = Annotated[Path | None, typer.Option("--file", help="Read the prompt from a UTF-8 file instead.")]
 
@@ -39,6 +44,7 @@ def generate(
     settings: SetOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of the answer at most.")] = 128,
     chunk: Annotated[int | None, typer.Option(help="Read the prompt this many tokens at a time.")] = None,
+    heads: HeadsOption = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the likeliest tokens only.")] = None,
     top_p: Annotated[
@@ -52,7 +58,7 @@ def generate(
     with _errors():
         chosen = _policy(policy, settings, budget=budget, window=window, sinks=sinks)
         text = _prompt(prompt, file)
-        loaded = _load(model, dtype)
+        loaded = _load(model, dtype, heads, [chosen])
         tokens, lengths = _encode(loaded, text)
         said, times, shown = [], [time.perf_counter()], ""
 
@@ -97,6 +103,7 @@ def compare(
     forced: Annotated[int, typer.Option(help="Tokens predicted on each row of prose.")] = 32,
     group: Annotated[int, typer.Option(help="Rows read at once; more need more memory.")] = 4,
     seed: Annotated[int, typer.Option(help="Of facts, places and prose.")] = 0,
+    heads: HeadsOption = None,
     out: Annotated[Path, typer.Option(help="Folder for compare.md, compare.csv and compare.png.")] = Path("out"),
 ) -> None:
     """Measures methods side by side on one model: facts found, agreement on prose, bytes, speed."""
@@ -118,7 +125,8 @@ def compare(
         size = comparing.Size(tokens, fractions, contexts, per_kind, prose, forced, group, seed)
         comparing.plan(names, size)  # refuses what cannot be done before anything is loaded
         started = time.perf_counter()
-        loaded = _load(model, dtype)
+        loaded = _load(model, dtype, heads)
+        names = comparing.trained(loaded, names) if methods == "all" else names
         comparing.check_fits(loaded, size)
         out.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of work
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -165,6 +173,7 @@ def view(
     sinks: SinksOption = None,
     settings: SetOption = None,
     chunk: Annotated[int | None, typer.Option(help="Read the prompt this many tokens at a time.")] = None,
+    heads: HeadsOption = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("out/view.html"),
 ) -> None:
     """Writes a page that shows which tokens of the prompt each layer and head keeps."""
@@ -175,7 +184,7 @@ def view(
     with _errors():
         chosen = _policy(policy, settings, budget=budget, window=window, sinks=sinks)
         text = _prompt(prompt, file)
-        loaded = _load(model, dtype)
+        loaded = _load(model, dtype, heads, [chosen])
         tokens, lengths = _encode(loaded, text)
         with _working(f"reading {int(lengths[0])} tokens (the first call compiles)"):
             _, cache = kvjax.prefill(loaded.params, chosen, tokens, lengths=lengths, chunk=chunk)
@@ -268,7 +277,8 @@ def _prompt(prompt: str, file: Path | None) -> str:
     return text
 
 
-def _load(name: str, dtype: str):
+def _load(name: str, dtype: str, heads: list[Path] | None = None, policies=()):
+    """The model, with heads out of files, and with those that `policies` want."""
     import jax
 
     import kvjax
@@ -278,7 +288,14 @@ def _load(name: str, dtype: str):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "kvjax" / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     with _working(f"loading {name}"):
-        return kvjax.load(name, dtype=dtype)
+        model = kvjax.load(name, dtype=dtype)
+        if heads or any(policy.given for policy in policies):
+            from kvjax.heads import load, with_heads_for
+
+            found = {method: each for file in heads or () for method, each in load(file, model.params).items()}
+            params = with_heads_for(kvjax.with_heads(model.params, found), policies)
+            model = dataclasses.replace(model, params=params)
+        return model
 
 
 def _encode(model, text: str):

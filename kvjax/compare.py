@@ -72,6 +72,8 @@ AT_BUDGET: dict[str, Callable[[Target], Policy | None]] = {  # None where a meth
     "think": lambda to: _think(to),
     "mikv": lambda to: _mikv(to),
     "kivi": lambda to: _kivi(to),
+    "locret": lambda to: _locret(to),
+    "attention_gate": lambda to: policies.attention_gate(max(1, int(to.bytes / to.slot(1)))),
     "tova": lambda to: policies.tova(to.budget),
     "keydiff": lambda to: policies.keydiff(to.budget),
     "random": lambda to: policies.random(to.budget),
@@ -126,7 +128,15 @@ def _kivi(to: Target) -> Policy | None:
     return None
 
 
+def _locret(to: Target) -> Policy | None:
+    """Slots for a tail as long as a question and for a part of the answer, and what is left for the heads to choose."""
+    tail = every = max(1, min(24, to.budget // 5))
+    budget = int(to.bytes / to.slot(2)) + 1 - tail - every
+    return policies.locret(budget, stabilizers=min(32, budget // 2), tail=tail, every=every) if budget > 1 else None
+
+
 PROMPT = "Read this text and remember it.\n\n{context}\n\n"
+CHUNK = 256  # tokens that are read at once where a method is made for it
 QUESTION_TOKENS = 64  # of a question and its answer, about
 ANSWER_TOKENS = 18  # "The secret code of Nairobi is 1234567" and a little more
 
@@ -230,6 +240,10 @@ def measure(
     model: Model, rows: list[Row], size: Size, advance: Callable[[str, int, int], None] = lambda *_: None
 ) -> list[Row]:
     """Fills in what `rows` say of their policies, the first of which is `full`, and returns them; see `compare`."""
+    if any(row.policy.given for row in rows):
+        from kvjax import heads  # late: flax
+
+        model = dataclasses.replace(model, params=heads.with_heads_for(model.params, [row.policy for row in rows]))
     speeds = {row.method for row in rows}
     groups = (size.contexts + size.prose) // size.group
     steps = groups * (len(rows) + 2) + len(speeds)
@@ -242,6 +256,20 @@ def measure(
     _measure_prose(model, rows, size, tick)
     _measure_prefill(model, rows, size, tick)
     return rows
+
+
+def trained(model: Model, methods: Sequence[str]) -> list[str]:
+    """Those of `methods` that need no trained heads, or heads that this model has."""
+    from kvjax import heads
+
+    def has(name):
+        try:
+            heads.with_heads_for(model.params, [row.policy for row in plan([name], Size())])
+        except ValueError:
+            return False
+        return True
+
+    return [name for name in methods if has(name)]
 
 
 def check_fits(model: Model, size: Size) -> None:
@@ -380,9 +408,10 @@ def _measure_prefill(model: Model, rows: list[Row], size: Size, tick) -> None:
     speeds = {}
     for row in rows:
         if row.method not in speeds:
-            jax.block_until_ready(prefill(_first_layer(model.params), row.policy, tokens))  # compiles
+            read = functools.partial(prefill, policy=row.policy, tokens=tokens, chunk=_chunk(row.policy))
+            jax.block_until_ready(read(_first_layer(model.params)))  # compiles
             start = time.perf_counter()
-            jax.block_until_ready(prefill(model.params, row.policy, tokens))
+            jax.block_until_ready(read(model.params))
             speeds[row.method] = size.tokens / (time.perf_counter() - start)
             tick(f"speed of prefill: {row.method}")
         row.prefill_speed = speeds[row.method]
@@ -390,13 +419,21 @@ def _measure_prefill(model: Model, rows: list[Row], size: Size, tick) -> None:
 
 def _first_layer(params: Params) -> Params:
     """The model cut after its first layer: its programs are those of every layer."""
-    return dataclasses.replace(params, blocks=params.blocks[:1])
+    heads = {name: each[:1] for name, each in params.heads.items()}
+    return dataclasses.replace(params, blocks=params.blocks[:1], heads=heads)
+
+
+def _chunk(policy: Policy) -> int | None:
+    return CHUNK if policy.tail else None
 
 
 def _compressed(params, rows, tokens, lengths, tick, room: int = 0) -> Iterator[tuple[Row, tuple[jax.Array, Cache]]]:
-    """Each row's logits and cache after a prompt, read once for all policies that cache the same keys."""
+    """Each row's logits and cache after a prompt, read once for all policies that cache the same keys.
+
+    Those that choose before, or while, a layer attends make other keys for the next one, and read it by themselves.
+    """
     for renumbered in (False, True):
-        some = [row for row in rows if (row.policy.ranks is not None) == renumbered]
+        some = [row for row in rows if not row.policy.given and (row.policy.ranks is not None) == renumbered]
         if not some:
             tick("reading")
             continue
@@ -410,6 +447,9 @@ def _compressed(params, rows, tokens, lengths, tick, room: int = 0) -> Iterator[
             own = Cache(tuple(layer[i] for layer in layers), cache.length, row.policy, params.config)
             layers = [(*layer[:i], None, *layer[i + 1 :]) for layer in layers]  # so that it is freed when it is done
             yield row, (logits, own)
+    for row in rows:
+        if row.policy.given:
+            yield row, prefill(params, row.policy, tokens, lengths=lengths, room=room, chunk=_chunk(row.policy))
 
 
 @functools.cache

@@ -7,7 +7,7 @@
 """
 
 from kvjax.heads.attention_gate import AttentionGate, LinearGate
-from kvjax.heads.files import load, make, save
+from kvjax.heads.files import load, make, save, with_heads_for
 from kvjax.heads.locret import RetainingHead
 
-__all__ = ["AttentionGate", "LinearGate", "RetainingHead", "load", "make", "save"]
+__all__ = ["AttentionGate", "LinearGate", "RetainingHead", "load", "make", "save", "with_heads_for"]

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from kvjax.checks import check_params
 from kvjax.files import write_whole
 from kvjax.heads.attention_gate import AttentionGate, LinearGate
 from kvjax.heads.locret import RetainingHead
-from kvjax.models.llama import Config, Params
+from kvjax.models.llama import Config, Params, with_heads
+from kvjax.policy import Policy
 
 VERSION = 1
 KINDS = {kind.__name__: kind for kind in (AttentionGate, LinearGate, RetainingHead)}
@@ -107,6 +108,22 @@ def load(source: str | os.PathLike, params: Params) -> dict[str, tuple[nnx.Modul
             return {header["method"]: tuple(read(layer) for layer in range(params.config.layers))}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"heads.load: {path} is damaged, or no safetensors file ({error}). Get it anew.") from error
+
+
+def with_heads_for(params: Params, policies: Iterable[Policy]) -> Params:
+    """The model with the heads that `policies` want: its own, or else those that come with the package.
+
+    Raises:
+      ValueError: If there are none for this model.
+    """
+    wanted = {name for policy in policies for own in policy.of_layers(params.config.layers) for name in own.given}
+    found = dict(params.heads)
+    for name in sorted(wanted - found.keys()):
+        try:
+            found |= load(f"smollm2-{name.replace('_', '-')}", params)
+        except ValueError as error:
+            raise ValueError(f"{name} needs heads trained for this model, and none come with kvjax: {error}") from error
+    return with_heads(params, found)
 
 
 def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
