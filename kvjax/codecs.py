@@ -164,6 +164,17 @@ def by_channel(codec: Codec, block: int) -> ByChannel:
     return ByChannel(store, load)
 
 
+def check_codec(said: str, codec: Any) -> None:
+    """Refuses what stores no tokens by themselves; `said` is how the error begins."""
+    if isinstance(codec, ByChannel):
+        raise ValueError(
+            f"{said}by_channel(...) stores blocks of tokens in shared words, which only kivi's own form can hold. Take "
+            f"policies.kivi, or codecs.integer, which rounds each token by itself."
+        )
+    if not isinstance(codec, Codec):
+        raise ValueError(f"{said}{codec!r} is no codec. Make one with kvjax.codecs, such as integer(4).")
+
+
 def _per_token(leaf, block):
     return leaf.shape[3] * leaf.shape[4] // block
 
@@ -265,8 +276,7 @@ def pipe(first: Codec, then: Codec) -> Codec:
       ValueError: If the first already rounds: what it stores has no channels that the second could take.
     """
     for codec in (first, then):
-        if not isinstance(codec, Codec):
-            raise ValueError(f"pipe: {codec!r} is no codec. Make one with kvjax.codecs, such as integer(4).")
+        check_codec("pipe: ", codec)
     if first.group is not None:
         raise ValueError(f"pipe: {first.name} stores codes, which {then.name} cannot take. Put it last.")
     return _pipe(first, then)

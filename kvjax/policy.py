@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kvjax import selects
 from kvjax.cache import FREE, Capacity, LayerCache, LayerShape, after, empty, free_losers, resize, write
-from kvjax.codecs import Codec
+from kvjax.codecs import Codec, check_codec
 from kvjax.counts import whole
 from pallas_kernels import dispatch
 from pallas_kernels.slot_attention import Packed
@@ -152,6 +152,8 @@ class Policy:
         it.
       grow: For a policy without a budget, (tokens of prompts and answers so far, tokens to leave room for) -> the most
         slots that they take; None keeps every token.
+      keeps_later: Whether all tokens behind a prompt stay, which `grow` cannot tell from the prompt's own: slots for
+        them are asked for beside those in use.
       layers: A policy for each layer, of which this one is made (`plans.by_layer`); () where all are alike.
       keys: How keys are stored (`codecs`); None as they are. The functions above see them projected, and loaded.
       values: How values are stored.
@@ -183,6 +185,7 @@ class Policy:
     tail: int = 0
     make_room: Callable[[LayerCache, jax.Array, int | jax.Array], LayerCache] | None = None
     grow: Callable[[int, int], int] | None = None
+    keeps_later: bool = False
     stepwise: str = "never"
     layers: tuple["Policy", ...] = ()
     keys: Codec | None = None
@@ -369,7 +372,10 @@ class Policy:
         if self.low is not None:
             own = dataclasses.replace(self, low=None).capacity_after(cache, more, room, seen)
             return own, self.low.capacity_after(cache.low, more, room, seen)
-        if seen is not None:
+        if self.keeps_later and seen != 0:
+            used = cache.slots if seen is None else int((cache.pos != FREE).sum(axis=-1).max())
+            needed = used + more + room
+        elif seen is not None:
             needed = self.needed(seen + more, room)
         elif self.budget is not None:
             needed = self.needed(more)
@@ -454,6 +460,9 @@ def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = N
       ValueError: If the codecs do not fit the policy, or one another.
     """
     check_policy(policy)
+    for kind, codec in (("keys", keys), ("values", values)):
+        if codec is not None:
+            check_codec(f"store: {kind}=", codec)
     if policy.layers:
         raise ValueError(f"store: {policy.name} is made of a policy for each layer; store those.")
     if policy.has_codecs:
@@ -464,9 +473,6 @@ def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = N
         )
     if policy.form is not None:
         raise ValueError(f"store: {policy.name} has a form of its own, which no codec can read.")
-    for kind, codec in (("keys", keys), ("values", values)):
-        if codec is not None and not isinstance(codec, Codec):
-            raise ValueError(f"store: {kind}={codec!r} is no codec. Make one with kvjax.codecs, such as integer(4).")
     if keys is None and values is None:
         raise ValueError("store: give a codec, keys= or values=, such as codecs.integer(4).")
     if values is not None and values.query is not None:

@@ -336,6 +336,10 @@ VARIANTS = {  # of the same methods: only held to their oracles
         lambda budget: policies.think(4, recent=3, window=3, answer=6),
         lambda budget, **kw: think.run(keep_count=4, recent=3, window=3, demote_tail=1, answer=6, **kw),
     ),
+    "think(over h2o)": Row(  # whose window reaches below the newest
+        lambda budget: policies.think(4, recent=3, window=3, tokens=policies.h2o(budget - 3, window=5)),
+        lambda budget, **kw: think.run(keep_count=4, recent=3, window=3, demote_tail=1, older=(budget - 3, 5), **kw),
+    ),
     "mikv(int8, int3)": Row(
         lambda budget: policies.mikv(0.3, low_bits=3, high_bits=8, group=8, heavy=1.0),
         lambda budget, **kw: mikv.run(ratio=0.3, low_bits=3, high_bits=8, group=8, heavy_share=1.0, twice=True, **kw),

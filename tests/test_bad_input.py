@@ -138,7 +138,8 @@ def test_arguments_that_are_something_else():
 def test_heads_that_are_no_dictionary():
     with refuses("with_heads: heads=3 must be a dictionary"):
         kvjax.with_heads(PARAMS, 3)
-    assert kvjax.with_heads(PARAMS, {"locret": 3}).heads == {"locret": 3}
+    with refuses(r"heads\['locret'\] has a int, and must be a sequence of one head for each of the model's 2 layers"):
+        kvjax.with_heads(PARAMS, {"locret": 3})
 
 
 def test_a_token_without_a_slot_is_refused_and_under_jit_is_nan():

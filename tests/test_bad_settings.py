@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import typer.testing
 
-from kvjax import codecs, compare, policies
+from kvjax import codecs, compare, policies, store
 from kvjax.cache import LayerShape
 from kvjax.cli import app
 from kvjax.counts import flag, real, whole
@@ -202,11 +202,18 @@ def case(match, call, *args, **settings):
         case("pipe: None is no codec", codecs.pipe, None, codecs.integer(4)),
         case(r"pipe: \[\] is no codec", codecs.pipe, codecs.prune_channels(4), []),
         case(
-            r"pipe: ByChannel\(.* is no codec",
+            "pipe: by_channel.* blocks of tokens in shared words, which only kivi's own form can hold. Take policies.kivi",
             codecs.pipe,
             codecs.prune_channels(4),
             codecs.by_channel(codecs.integer(4), 32),
         ),
+        case(
+            "store: keys=by_channel.* blocks of tokens in shared words.* or codecs.integer",
+            store,
+            policies.full(),
+            keys=codecs.by_channel(codecs.integer(4), 32),
+        ),
+        case("store: keys='int4' is no codec", store, policies.mikv(), keys="int4"),  # which has two tiers
         case("int4 stores codes.*Put it last", codecs.pipe, codecs.integer(4), codecs.balance()),
         case("block=6 must be a multiple of int4's group=32", codecs.by_channel, codecs.integer(4), 6),
         case("int4 takes half of the channels", codecs.by_channel, codecs.integer(4, group=None), 32),

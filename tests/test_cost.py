@@ -21,10 +21,12 @@ PARAMS = random_params()
 BUDGET = 10
 
 
-def documented_bytes(policy: kvjax.Policy, *, config, batch: int, tokens: int, number: int) -> int:
+def documented_bytes(
+    policy: kvjax.Policy, *, config, batch: int, tokens: int, number: int, under: str = "Bytes"
+) -> int:
     """The formula in a method's docstring, such as `L B H (budget + 1) (2 D b + 4) + 4 B`, with numbers put in."""
     method, settings = policy.name.split("(", 1)
-    formula = re.search(r"Bytes: ([^,.]+)", inspect.getdoc(getattr(policies, method))).group(1)
+    formula = re.search(rf"{under}: ([^,.]+)", inspect.getdoc(getattr(policies, method))).group(1)
     names = {
         "L": config.layers,
         "B": batch,
@@ -35,7 +37,8 @@ def documented_bytes(policy: kvjax.Policy, *, config, batch: int, tokens: int, n
     }
     defaults = {key: one.default for key, one in inspect.signature(getattr(policies, method)).parameters.items()}
     names |= defaults | {key: float(value) for key, value in re.findall(r"(\w+)=([\d.]+)\b", settings)}
-    return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), names)
+    names["group"] = names.get("group") or config.head_dim // 2
+    return eval(re.sub(r"(?<=[\w)])\s+(?=[\w(])", " * ", " ".join(formula.split())), names)
 
 
 def kv_bytes(slots: int, *, config=CONFIG, batch: int) -> int:
@@ -50,6 +53,14 @@ def test_nbytes_is_the_formula_in_the_docstring(method, dtype):
     _, cache = jax.eval_shape(lambda: kvjax.prefill(params, policy, random_tokens(3, 24), lengths=(24, 13, 3)))
     size = jnp.dtype(dtype).itemsize
     assert kvjax.nbytes(cache) == documented_bytes(policy, config=CONFIG, batch=3, tokens=24, number=size)
+
+
+@pytest.mark.parametrize("high_bits", [8, 4])
+def test_nbytes_of_mikv_with_two_rounded_tiers_is_the_other_formula_in_its_docstring(high_bits):
+    policy, tokens = policies.mikv(0.2, low_bits=4, high_bits=high_bits), random_tokens(3, 25)  # a fifth is whole
+    _, cache = jax.eval_shape(lambda: kvjax.prefill(PARAMS, policy, tokens, lengths=(25, 13, 3)))
+    documented = documented_bytes(policy, config=CONFIG, batch=3, tokens=25, number=4, under="Bytes at fewer")
+    assert kvjax.nbytes(cache) == documented
 
 
 @every_method

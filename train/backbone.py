@@ -58,10 +58,24 @@ def through_layers(
       per_layer: A pytree [L, ...], such as stacked heads.
     """
 
+    @jax.checkpoint  # of a gradient through all layers: gathered weights are not kept for it, but gathered again
     def body(x, own):
-        return layer(x, *own)
+        block, heads = own
+        x, said = layer(x, meshes.gathered(block), jax.tree.map(meshes.laid, heads))
+        return meshes.laid(x, meshes.ROWS), said
 
-    return jax.lax.scan(body, llama.embed(params, tokens), (params.blocks, per_layer))
+    return jax.lax.scan(body, _embed(params, tokens), (params.blocks, per_layer))
+
+
+def _embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """The residual stream of tokens; each device looks up all rows in its columns of the table, and they change."""
+    x = llama.embed(params, meshes.laid(tokens, "data"))
+    return meshes.laid(meshes.laid(x, "data", None, "fsdp"), meshes.ROWS)
+
+
+def finish(block: Block, x: jax.Array, attended: jax.Array, config: Config) -> jax.Array:
+    """`llama.finish`, row by row: its loop over the tokens of all rows would run across the devices that have them."""
+    return jax.vmap(lambda x, attended: llama.finish(block, x[None], attended[None], config)[0])(x, attended)
 
 
 def by_head(made: Projected, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -132,7 +132,7 @@ def gradients(
             return (error / config.layers + smoothing * rough).mean(), (said, error.mean(), rough.mean())
 
         gradient, (said, error, rough) = jax.grad(loss, has_aux=True)(head)
-        return llama.finish(block, x, backbone.joined(out), config), (
+        return backbone.finish(block, x, backbone.joined(out), config), (
             gradient,
             error,
             rough,

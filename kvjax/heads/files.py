@@ -42,22 +42,32 @@ def save(path: str | os.PathLike, heads: Sequence[nnx.Module], params: Params, *
       **note: What else the header shall say, such as where they come from.
 
     Raises:
-      ValueError: If they do not fit together.
+      ValueError: If they do not fit together, or numbers of the heads do not fit into f16.
       OSError: If the file cannot be written.
     """
     check_params(params)
+    if not isinstance(heads, Sequence) or not heads or type(heads[0]) not in KINDS.values():
+        raise ValueError(
+            f"heads.save: heads is a {type(heads).__name__}, and must be a sequence of one for each layer, of a kind "
+            f"of {sorted(KINDS)}, such as heads.make returns."
+        )
     kind, settings = type(heads[0]), heads[0].settings()
-    wanted = jax.tree.structure(_shapes(kind, params.config, settings))
-    if [jax.tree.structure(head) for head in heads] != [wanted] * params.config.layers:
+    if [_form(head) for head in heads] != [_form(_shapes(kind, params.config, settings))] * params.config.layers:
         raise ValueError(
             f"heads.save: {len(heads)} heads {kind.__name__}({settings}) do not fit a model of {params.config.layers} "
-            f"layers; give one for each layer, all with the same settings."
+            f"layers and this shape; give one for each layer, made for this model, all with the same settings."
         )
-    tensors = {
-        f"{layer}.{name}": np.ascontiguousarray(np.asarray(leaf, np.float16))
-        for layer, head in enumerate(heads)
-        for name, leaf in _named(head).items()
-    }
+    with np.errstate(over="ignore"):
+        tensors = {
+            f"{layer}.{name}": np.ascontiguousarray(np.asarray(leaf, np.float16))
+            for layer, head in enumerate(heads)
+            for name, leaf in _named(head).items()
+        }
+    if wild := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
+        raise ValueError(
+            f"heads.save: {wild[:3]} hold numbers that are not finite, or beyond 65504, the largest of f16. Nothing "
+            f"was written; take an earlier checkpoint, or train with a smaller learning_rate."
+        )
     header = {
         "version": VERSION,
         "method": kind.method,
@@ -88,7 +98,11 @@ def load(source: str | os.PathLike, params: Params) -> dict[str, tuple[nnx.Modul
         with safe_open(path, "numpy") as file:
             header = _header(path, file.metadata())
             _check_backbone(path, header["backbone"], params)
-            shapes = _shapes(KINDS[header["kind"]], params.config, header["settings"])
+            kind = KINDS[header["kind"]]
+            try:
+                shapes = _shapes(kind, params.config, header["settings"])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"heads.load: {path}: no {kind.__name__} has its settings ({error}).") from error
             names = {f"{layer}.{name}" for layer in range(params.config.layers) for name in _named(shapes)}
             if set(file.keys()) != names:
                 raise ValueError(
@@ -105,7 +119,7 @@ def load(source: str | os.PathLike, params: Params) -> dict[str, tuple[nnx.Modul
                 leaves = [jnp.asarray(file.get_tensor(f"{layer}.{name}"), dtype) for name in _named(shapes)]
                 return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
-            return {header["method"]: tuple(read(layer) for layer in range(params.config.layers))}
+            return {kind.method: tuple(read(layer) for layer in range(params.config.layers))}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"heads.load: {path} is damaged, or no safetensors file ({error}). Get it anew.") from error
 
@@ -131,8 +145,8 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     try:
         header = json.loads((metadata or {})["kvjax"])
         version, kind = header["version"], header["kind"]
-        header["backbone"]["config"], header["backbone"]["norms"], header["settings"], header["method"]
-    except (KeyError, TypeError, json.JSONDecodeError):
+        dict(header["settings"]), dict(header["backbone"]["config"]), np.asarray(header["backbone"]["norms"], float)
+    except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"heads.load: {path} does not say that it holds heads of kvjax. Was it saved by heads.save?"
         ) from None
@@ -140,7 +154,7 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise ValueError(
             f"heads.load: {path} has version {version}, and this kvjax reads {VERSION}. Take the other kvjax."
         )
-    if kind not in KINDS:
+    if kind not in list(KINDS):
         raise ValueError(f"heads.load: {path} holds heads of kind {kind!r}; this kvjax knows {sorted(KINDS)}.")
     return header
 
@@ -159,7 +173,8 @@ def _check_backbone(path: Path, theirs: dict[str, Any], params: Params) -> None:
                 f"heads.load: {path} is for a model with {key}={theirs['config'].get(key)!r}, and this one has "
                 f"{value!r}. Heads fit the model that they were trained on; train some for this one."
             )
-    if not np.allclose(theirs["norms"], ours["norms"], rtol=NEAR, atol=0):
+    same_length = np.shape(theirs["norms"]) == np.shape(ours["norms"])
+    if not (same_length and np.allclose(theirs["norms"], ours["norms"], rtol=NEAR, atol=0)):
         raise ValueError(
             f"heads.load: {path} is for a model of the same shape with other weights. Heads fit the model that they "
             f"were trained on; train some for this one."
@@ -169,6 +184,11 @@ def _check_backbone(path: Path, theirs: dict[str, Any], params: Params) -> None:
 def _shapes(kind: type, config: Config, settings: dict[str, Any]) -> nnx.Module:
     """A head of shapes alone."""
     return jax.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), **settings))
+
+
+def _form(head: nnx.Module) -> tuple[Any, list[tuple[int, ...]]]:
+    """What two heads must have in common to be of one kind, with the same settings, for the same model."""
+    return jax.tree.structure(head), [leaf.shape for leaf in jax.tree.leaves(head)]
 
 
 def _named(head: nnx.Module) -> dict[str, Any]:

@@ -69,4 +69,5 @@ def attention_gate(budget: int | None = None, *, threshold: float = 0.5, sinks: 
         given=frozenset({"attention_gate"}),
         given_in_steps=False,
         grow=grow,
+        keeps_later=True,
     )

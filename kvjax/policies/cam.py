@@ -44,8 +44,9 @@ def cam(
       seed: Of the draws.
 
     Source: the paper's Eq. 14 (second-hand) and its published code, where they agree. Differs: the value is divided by
-    the number of tokens that there are; masses are averaged over the query heads of a group. Independent measurements
-    saw no gain on long contexts.
+    the number of tokens that there are; masses are averaged over the query heads of a group. Other bounds of that
+    probability than 0 and 1, which the paper tried and did not keep, are not offered. Independent measurements saw no
+    gain on long contexts.
     """
     if sinks < 0 or window < 0 or sinks + max(window, 1) > budget:
         raise ValueError(

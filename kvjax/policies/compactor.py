@@ -46,7 +46,10 @@ def compactor(
 
     Source: paper, and the port in kvpress. Differs: normalised for each row; the last chunk is masked exactly; a call
     of several tokens scores its own. The paper ends with the prompt: here decoded tokens stay, and push out the least
-    of the prompt's, then the oldest of their own. The choice depends on the prompt alone.
+    of the prompt's, then the oldest of their own. The choice depends on the prompt alone. Of the facts that SmolLM2
+    finds with all of its cache, 95 % were found at a quarter of the slots with other contexts; those of `kvjax compare`
+    do not reach that (the README's table has a third, n = 8 a kind), though the tokens kept are those of kvpress with
+    the same projection.
     """
     if first < 0 or last < 0 or first + last >= budget:
         raise ValueError(f"compactor: first={first} and last={last} must not fill budget={budget}; lower them.")
@@ -102,16 +105,35 @@ def _leverage(k, middle, phi):
     here = middle[..., None]
     mean = jnp.where(here, k, 0.0).sum(axis=2, keepdims=True) / jnp.maximum(here.sum(axis=2, keepdims=True), 1)
     x = jnp.where(here, jnp.einsum("bhtd,hdr->bhtr", k - mean, phi), 0.0)
-    gram = jnp.einsum("bhtr,bhts->bhrs", x, x) + RIDGE * jnp.eye(phi.shape[-1])
-    return jnp.square(jnp.einsum("bhtr,bhsr->bhts", x, _inverse_root(gram))).sum(axis=-1)
+    inverse = _inverse(_root(jnp.einsum("bhtr,bhts->bhrs", x, x)))
+    return jnp.square(jnp.einsum("bhtr,bhsr->bhts", x, inverse)).sum(axis=-1)
 
 
-def _inverse_root(gram):
-    """The inverse of the Cholesky factor of each matrix f32[B, H, r, r].
+def _root(gram):
+    """The Cholesky factor of each matrix f32[B, H, r, r] and a ridge.
+
+    Where large keys span fewer than r channels, f32 rounds more than the ridge adds and the factor fails; the ridge of
+    that head is then raised tenfold, until the factor succeeds or the ridge outweighs the keys.
+    """
+    eye, trace = jnp.eye(gram.shape[-1]), jnp.trace(gram, axis1=2, axis2=3)[..., None, None]
+
+    def failed(state):
+        ridge, root = state
+        return ~jnp.isfinite(root).all(axis=(2, 3), keepdims=True) & (ridge < trace)
+
+    def raised(state):
+        ridge = jnp.where(failed(state), 10 * state[0], state[0])
+        return ridge, jnp.linalg.cholesky(gram + ridge * eye)
+
+    first = jnp.full_like(trace, RIDGE), jnp.linalg.cholesky(gram + RIDGE * eye)
+    return jax.lax.while_loop(lambda state: failed(state).any(), raised, first)[1]
+
+
+def _inverse(root):
+    """The inverse of each lower triangle f32[B, H, r, r].
 
     By hand, as jax takes LAPACK's solver on a CPU, whose threads fight those of XLA: a prompt took 1.4 times as long.
     """
-    root = jnp.linalg.cholesky(gram)
 
     def substitute(i, inverse):
         row = root[:, :, i]

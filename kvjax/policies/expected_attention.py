@@ -22,6 +22,9 @@ def expected_attention(budget: int, *, window: int, sinks: int = 4) -> Policy:
       window: Newest tokens that are always kept.
       sinks: First tokens that are always kept.
 
+    On prose it is about as good as H2O: SmolLM2 at 1/8 of 1000 tokens has a KL of 0.186 nats, and H2O 0.179 (n = 16
+    texts).
+
     Source: the paper, as kvpress and others describe it. Differs: the Gaussian is of rotated queries at their own
     positions, and not of un-rotated ones turned to those to come; channels are independent (the paper has their
     covariance). While decoding the score of a token stays what it was when it came, since one query is no Gaussian.

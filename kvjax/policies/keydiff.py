@@ -17,7 +17,7 @@ def keydiff(budget: int) -> Policy:
       budget: Slots.
 
     Source: the paper. The score is minus the cosine between a key and the mean of the normalised keys in hand, both
-    as cached, that is rotated.
+    as cached, that is rotated. Every later token moves that mean, and so the choice.
     """
     check_budget("keydiff", budget)
 

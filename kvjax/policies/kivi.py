@@ -26,7 +26,9 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
       residual: Newest values that are whole; of the keys, those that do not fill up as many again.
 
     Source: the paper's published code. Differs: a step is at least 2 ** -24 (the code divides by 0 where a group is
-    constant). The choice depends on nothing, so a cache serves any question.
+    constant). Keys and values have the same bits, as in the paper's tables; bits for each are not offered. Nor is
+    ThinK's pruning of the rounded keys, as one of its published examples has it: a block's words are in a form of
+    kivi's own, which no other codec reads. The choice depends on nothing, so a cache serves any question.
     """
     codec = integer(bits, group=group)
     if group < 1 or residual < 1 or residual % group or residual * bits % 32:

@@ -31,6 +31,8 @@ def mikv(
 
     Bytes: L B H ((n ratio + 1) (2 D b + 8) + (n - n ratio + 1) (D low_bits / 4 + 8 D / group + 4) + 4 D) + L B + 4 B,
     slots rounded, at 16 high bits. Without a group 8 D / group is 16.
+    Bytes at fewer: L B H ((n ratio + 1) (D high_bits / 4 + 8 D / group + 8) + (n - n ratio + 1) (D low_bits / 4 + 8 D /
+    group + 4) + 4 D) + 2 L B + 4 B, if balanced.
 
     Args:
       ratio: Share of the tokens seen so far that is kept at high precision.

@@ -21,7 +21,8 @@ def streaming_llm(budget: int, *, sinks: int = 4) -> Policy:
       sinks: First tokens kept.
 
     Source: the paper, and its code for the order of append, attend, evict. A prompt, and every later chunk, is read
-    dense and trimmed afterwards.
+    dense and trimmed afterwards; token by token, as the code for perplexity has it, is `prefill(chunk=1)`. That code's
+    default of true positions is not offered: beyond the model's context they are what the method is there to avoid.
     """
     if not 0 <= sinks < budget:
         raise ValueError(

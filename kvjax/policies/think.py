@@ -28,15 +28,18 @@ def think(
       tokens: Another policy that evicts the older tokens, such as `h2o(budget=224, window=32)`; its budget
         counts those without the newest `recent`. None keeps them all.
 
-    SmolLM2, whose heads have 64 channels, has fewer to spare than the paper's models with 128: 48 channels lose nothing
-    (KL 0.01 nats, all facts), but at 39, 40 % pruned, the KL is 0.04 and half of the facts that the full cache finds
-    are lost. To ask all queries of the prompt, and not the last 32, changes nothing in that; whole keys for the newest
-    256 of 1000 tokens mend half of it.
+    SmolLM2, whose heads have 64 channels, has fewer to spare than the paper's models with 128: at 39 of them, 40 %
+    pruned, the KL is 0.025 nats (n = 4 texts), and of hidden numbers, names and words 56, 44 and 0 % are found where
+    the full cache finds 88, 88 and 31 % (n = 16 each). In smaller runs, of which no record is kept, 48 channels lost
+    nothing; to ask all queries of the prompt, and not the last 32, changed nothing; and whole keys for the newest 256
+    of 1000 tokens mended half of the loss.
 
     Source: the paper's published code, with one choice for the query heads of a group, which its authors found as good.
     Differs: a key that leaves the newest is pruned too, also while answering, beyond `answer`. The last queries choose,
     so a cache is not for another question; a prompt cannot be read in chunks. Channels are not pruned in pairs: only
-    keys that are rotated anew, as none are here, would need both of a pair.
+    keys that are rotated anew, as none are here, would need both of a pair. Not offered: pruned values, which the paper
+    found to lose more, by a score that is not published; max pooling of votes, which belongs to the method given as
+    `tokens`, and `snapkv` averages; and `kivi` below, whose blocks of tokens in shared words hold all channels.
     """
     recent = whole("think", "recent", recent, least=1, mend="codecs.prune_channels alone prunes every key.")
     if tokens is None:

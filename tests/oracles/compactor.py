@@ -11,12 +11,27 @@ from tests.oracles.snapkv import smooth
 
 
 def leverage(keys_unrotated: np.ndarray, phi: np.ndarray, ridge: float = 1e-2) -> np.ndarray:
-    """Ridge leverage f64[m] of the keys f64[m, D] of one head, sketched by phi f64[D, r]."""
+    """Ridge leverage f64[m] of the keys f64[m, D] of one head, sketched by phi f64[D, r].
+
+    The ridge is raised tenfold while the Gram matrix is not positive definite in floating point.
+    """
     x = (keys_unrotated - keys_unrotated.mean(axis=0)) @ phi
-    gram = ridge * np.eye(phi.shape[1])
+    outer = np.zeros((phi.shape[1], phi.shape[1]))
     for row in x:
-        gram = gram + np.outer(row, row)
+        outer = outer + np.outer(row, row)
+    gram = outer + ridge * np.eye(len(outer))
+    while not positive_definite(gram) and ridge < np.trace(outer):
+        ridge *= 10
+        gram = outer + ridge * np.eye(len(outer))
     return np.array([max(0.0, float(row @ np.linalg.solve(gram, row))) for row in x])
+
+
+def positive_definite(matrix: np.ndarray) -> bool:
+    try:
+        np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def chunked_mass(

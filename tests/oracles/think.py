@@ -6,7 +6,7 @@ prompt. A dropped channel is held as zero: the products with it are the ones lef
 
 import numpy as np
 
-from tests.oracles import common
+from tests.oracles import common, h2o
 
 
 def kept_count(dim: int, ratio: float, round_to: int = 1, paired: bool = False) -> int:
@@ -46,9 +46,19 @@ def thinned(token: common.Token, keep: list[int]) -> common.Token:
 class Head:
     """One kv head; queries and keys come rotated."""
 
-    def __init__(self, count: int, window: int, recent: int, paired: bool, demote_tail: int | None, answer: int = 0):
+    def __init__(
+        self,
+        count: int,
+        window: int,
+        recent: int,
+        paired: bool,
+        demote_tail: int | None,
+        answer: int = 0,
+        older: h2o.Ledger | None = None,
+    ):
         self.count, self.window, self.recent, self.answer = count, window, recent, answer
-        self.paired, self.demote_tail = paired, demote_tail
+        self.paired, self.demote_tail, self.older = paired, demote_tail, older
+        self.seen = 0
         self.keep: list[int] | None = None
         self.held: common.Hand = {}
         self.tail: list[int] = []
@@ -58,25 +68,41 @@ class Head:
         prompt = self.keep is None
         out = np.zeros(q.shape)
         for i in range(len(k)):
-            p = len(self.held)
+            p = self.seen
+            self.seen += 1
             self.held[p] = common.Token(k[i], v[i])
             self.tail.append(p)
             unturned = dict.fromkeys(self.held, 0)  # keys are stored rotated
+            given = []
             for x in range(q.shape[1]):
-                out[i, x], _ = common.attend(q[i, x], p, self.held, unturned, 1.0)
+                out[i, x], probs = common.attend(q[i, x], p, self.held, unturned, 1.0)
+                given.append(probs)
+            if self.older:
+                self.older.observe(common.average(given))
             most = self.recent + self.answer
             if not prompt and self.demote_tail and len(self.tail) == most + self.demote_tail:
-                self.thin(self.demote_tail)
+                self.thin(self.left(self.demote_tail))
         if prompt:
-            self.keep = keep_channels(channel_scores(q[-self.window :], k), self.count, self.paired)
-            self.thin(max(len(k) - self.recent, 0))
+            left = self.left(max(len(k) - self.recent, 0))
+            keys = np.array([token.key for token in self.held.values()])
+            self.keep = keep_channels(channel_scores(q[-self.window :], keys), self.count, self.paired)
+            self.thin(left)
         return out
 
-    def thin(self, count: int) -> None:
-        """Takes the dropped channels from the oldest `count` keys of the tail."""
-        for p in self.tail[:count]:
+    def left(self, count: int) -> list[int]:
+        """Takes the oldest `count` keys from the tail; returns those that are not evicted."""
+        left, self.tail = self.tail[:count], self.tail[count:]
+        if self.older:
+            mass = {p: m for p, m in self.older.mass.items() if p not in self.tail}
+            kept = h2o.Ledger(self.older.budget, self.older.window, mass).evict(self.seen - 1)
+            for p in set(mass) - set(kept):
+                del self.held[p], self.older.mass[p]
+        return [p for p in left if p in self.held]
+
+    def thin(self, positions: list[int]) -> None:
+        """Takes the dropped channels from these keys."""
+        for p in positions:
             self.held[p] = thinned(self.held[p], self.keep)
-        self.tail = self.tail[count:]
 
 
 def run(
@@ -94,8 +120,10 @@ def run(
     demote_tail: int | None = None,
     keep_count: int | None = None,
     answer: int = 0,
+    older: tuple[int, int] | None = None,
 ) -> list[common.Call]:
-    """`kept` is the positions of full-width keys; `held` is every token, with zeros for dropped channels.
+    """`kept` is the positions of full-width keys; `held` is every token, with zeros for dropped channels, without
+    those evicted: `older` is the budget and window of an H2O over the tokens outside the tail.
 
     `keep_count` sets the number of channels kept, in place of ratio and round_to. `demote_tail` thins so many of the
     oldest keys of the tail whenever it holds that many above recent + answer; None lets it grow.
@@ -111,7 +139,9 @@ def run(
         raise ValueError(f"cannot keep {count} of {dim} channels")
     q, k = (np.array([[common.rope(x, p, base) for x in row] for p, row in enumerate(rows)]) for rows in (q, k))
     q = q.reshape(n, kv_heads, -1, dim)
-    heads = [Head(count, window, recent, paired, demote_tail, answer) for _ in range(kv_heads)]
+    heads = [
+        Head(count, window, recent, paired, demote_tail, answer, older and h2o.Ledger(*older)) for _ in range(kv_heads)
+    ]
     results = []
     start = 0
     for c in calls:

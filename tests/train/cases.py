@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from train import loop
+from tests.tiny import CONFIG, random_params
+from train import backbone, locret, loop
 from train import mesh as meshes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -75,7 +76,27 @@ def toy(process=(0, 1)):
     return loop.Task(init, gradients, optax.adamw(1e-2), evaluate), {"frozen": frozen}, ToyBatches(process)
 
 
-CASES = {"toy": toy}
+class PairBatches(ToyBatches):
+    """Prompts and answers of random tokens: rows of which number i depends on i alone."""
+
+    def __next__(self):
+        ids = super().__next__()["ids"]
+        rows = [np.random.default_rng(int(i)) for i in ids]
+        tokens = np.stack([row.integers(0, CONFIG.vocab, 20) for row in rows]).astype(np.int32)
+        prompts = np.array([row.integers(4, 15) for row in rows], np.int32)
+        lengths = np.array([row.integers(15, 21) for row in rows], np.int32)
+        return {"tokens": tokens, "prompt_lengths": prompts, "lengths": lengths, "ids": ids}
+
+
+def locret_case(process=(0, 1)):
+    """Retaining heads of a tiny model."""
+    settings = locret.Settings(
+        model="", files=(), folder="", output="", sequence=20, steps=5, width=4, answer=4, warm_up=2, learning_rate=1e-2
+    )
+    return locret.task(CONFIG, settings), backbone.stacked(random_params()), PairBatches(process)
+
+
+CASES = {"toy": toy, "locret": locret_case}
 
 
 def main(name, folder, steps, save_every, fsdp=1, tensor=1, coordinator=None, count=None, index=None):
@@ -83,7 +104,7 @@ def main(name, folder, steps, save_every, fsdp=1, tensor=1, coordinator=None, co
         meshes.start_processes(coordinator, int(count), int(index), timeout=SILENT_PROCESS)
     mesh = meshes.make_mesh(fsdp=int(fsdp), tensor=int(tensor))
     task, params, batches = CASES[name](meshes.rows_of_process(mesh))
-    layout = meshes.shardings(params, mesh) if hasattr(params, "blocks") else meshes.replicated(mesh)
+    layout = backbone.shardings(params, mesh) if hasattr(params, "blocks") else meshes.replicated(mesh)
     settings = dict(steps=int(steps), folder=folder, mesh=mesh, seed=0, save_every=int(save_every))
     loop.train(task, meshes.place(params, layout), batches, **settings)
 

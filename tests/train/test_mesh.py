@@ -1,6 +1,7 @@
 """What lies where on a mesh of eight devices, which the layout alone needs: no device computes anything here."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -75,3 +76,40 @@ def test_a_batch_without_rows_is_refused():
 def test_only_part_of_what_joins_processes_is_refused():
     with pytest.raises(ValueError, match=r"count=2, index=None: give all three, or none"):
         meshes.start_processes("localhost:1234", 2)
+
+
+@pytest.mark.parametrize(
+    "processes, tensor, parts",
+    [
+        ([0, 0, 1, 1], 1, [(0, 2), (1, 2)]),
+        ([0, 1, 1, 0], 1, [(0, 2), (1, 2)]),  # along a ring
+        ([0, 1, 1, 0, 2, 3, 3, 2], 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_a_process_reads_its_devices_rows_scattered_or_shared(processes, tensor, parts):
+    mesh = mesh_of(processes, tensor)
+    assert [meshes.rows_of_process(mesh, process) for process in range(len(parts))] == parts
+
+
+def test_rows_that_are_no_equal_parts_of_the_processes_are_refused():
+    with pytest.raises(ValueError, match=r"the processes hold \[\(0, 1\), \(1, 2\)\], which are not equal parts"):
+        meshes.rows_of_process(mesh_of([0, 0, 0, 1, 1, 1], 2), 0)
+
+
+def mesh_of(processes, tensor):
+    """What `rows_of_process` reads of a mesh whose devices, in order, are of these processes."""
+    chips = np.array([SimpleNamespace(process_index=process) for process in processes])
+    return SimpleNamespace(devices=chips, shape={"tensor": tensor}, size=len(chips))
+
+
+def test_inside_over_weights_are_asked_for_whole_along_fsdp_and_rows_where_they_are():
+    def program(block, x):
+        return meshes.gathered(block), meshes.laid(x, meshes.ROWS)
+
+    block, x = random_params().blocks[0], jax.ShapeDtypeStruct((8, 3), np.float32)
+    with meshes.over(devices(2, 2, 2)):
+        asked = {equation.params["sharding"].spec for equation in jax.make_jaxpr(program)(block, x).eqns}
+    weights = {PartitionSpec(), PartitionSpec("tensor", None), PartitionSpec(None, "tensor")}
+    assert asked == weights | {PartitionSpec(("data", "fsdp"))}
+    again = jax.make_jaxpr(lambda *args: program(*args))  # jax has kept what it made of `program`
+    assert not again(block, x).eqns, "nothing is asked for elsewhere"
