@@ -202,7 +202,7 @@ def case(match, call, *args, **settings):
         case("pipe: None is no codec", codecs.pipe, None, codecs.integer(4)),
         case(r"pipe: \[\] is no codec", codecs.pipe, codecs.prune_channels(4), []),
         case(
-            "pipe: by_channel.* blocks of tokens in shared words, which only kivi's own form can hold. Take policies.kivi",
+            "pipe: by_channel.* shared words, which only kivi's own form can hold. Take policies.kivi",
             codecs.pipe,
             codecs.prune_channels(4),
             codecs.by_channel(codecs.integer(4), 32),

@@ -9,7 +9,9 @@ from numpy.testing import assert_allclose
 import kvjax
 from kvjax import policies
 from kvjax.draws import mix
+from kvjax.policies.compactor import projection
 from tests.methods import POLICIES, VARIANTS, kept_positions
+from tests.oracles import compactor
 
 Q_HEADS, KV_HEADS, HEAD_DIM, BASE = 6, 2, 8, 100.0  # a small base: rotations matter within a few tokens
 
@@ -80,6 +82,20 @@ def test_outputs_and_kept_positions_are_those_of_the_oracle(row, calls):
         for i, ((out, cache), expected) in enumerate(zip(got, want, strict=True)):
             assert_allclose(out[b, : sizes[i]], expected.out, atol=row.atol, err_msg=f"row {b}, call {i}")
             assert kept_positions(cache, b) == [list(head) for head in expected.kept], f"row {b}, call {i}"
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+def test_compactor_ranks_large_keys_that_span_fewer_channels_than_its_sketch(dim):
+    # 8 channels, or 18 tokens between first and last, for 48 of the sketch: rounding outdoes the ridge of one head
+    rng = np.random.default_rng(3)
+    q, k, v = rng.standard_normal((3, 1, 30, KV_HEADS, dim))
+    k[:, :, 0] *= 300
+    ((_, cache),) = run_kvjax(policies.compactor(20), q, k, v, (30,), ())
+    assert np.isfinite(cache.stats["rank"]).all()
+    if dim == 8:  # of 18 tokens in 64 channels every leverage is 17 / 18, and what is left of it is rounding
+        phi = np.asarray(projection(0, 0, KV_HEADS, dim, 48))
+        (want,) = compactor.run(q[0], k[0], v[0], [30], base=BASE, budget=20, phi=phi)
+        assert kept_positions(cache, 0) == want.kept
 
 
 def test_the_draw_is_the_one_documented():

@@ -21,8 +21,8 @@ def h2o(budget: int, *, window: int, prompt: str = "dense", positions: str = "tr
     Source: the paper's generation code ("real drop"): probabilities are those over what is left in the cache, summed
     over queries, and a token's attention to itself counts. Differs: scores are f32 and kept for each row of a batch;
     query heads of a group are averaged (the paper has none); to ask the first of them alone, as a later port does, is
-    not offered, since the others' attention would count for nothing. The choice does not need the question, but every later
-    token of a prompt takes part in it.
+    not offered, since the others' attention would count for nothing. The choice does not need the question, but every
+    later token of a prompt takes part in it.
     """
     if not 0 < window < budget:
         raise ValueError(
