@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kvjax import selects
 from kvjax.cache import FREE, LayerCache, empty, free_losers, resize
 from kvjax.counts import whole
-from kvjax.policy import Policy, Seen, method
+from kvjax.policy import Policy, Seen, check_budget, method
 from kvjax.scorers import place_in_cache
 
 
@@ -48,6 +48,7 @@ def locret(
     that is in hand competes; if a turn is all tail and would not fit, the cache is cut back before it), `sinks` and
     "true". The choice depends on the prefix alone, but for the places where chunks end.
     """
+    check_budget("locret", budget)
     stabilizers = min(2500, budget // 2) if stabilizers is None else stabilizers
     stabilizers = whole("locret", "stabilizers", stabilizers, least=0)
     sinks = whole("locret", "sinks", sinks, least=0)
