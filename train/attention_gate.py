@@ -24,6 +24,7 @@ from kvjax import heads
 from kvjax.models import llama
 from kvjax.models.llama import Config, Params
 from train import backbone, main
+from train import mesh as meshes
 from train.gated import gated_attention
 from train.loop import Task
 
@@ -96,6 +97,7 @@ def answer_loss(params: Params, x: jax.Array, batch: dict[str, jax.Array]) -> ja
       x: [B, T, width], behind the last layer.
       batch: tokens i32[B, T], prompt_lengths and lengths i32[B].
     """
+    params = meshes.gathered(dataclasses.replace(params, blocks=()))  # once, and not in each block
     tokens, start, stop = batch["tokens"], batch["prompt_lengths"][:, None], batch["lengths"][:, None]
     count = tokens.shape[1]
     at = jnp.arange(1, count)  # predicted by the token before
@@ -140,7 +142,6 @@ def losses(
     prompt = (at < batch["prompt_lengths"][:, None]) & (positions >= 0)
     free = prompt & (at >= settings.sinks) & (at < (batch["prompt_lengths"] - settings.last)[:, None])
 
-    @jax.checkpoint
     def layer(x, block, own):
         gate, lora = own
         block = adapted(block, lora)
@@ -154,7 +155,7 @@ def losses(
             kept = jnp.where(prompt[:, None], flags, 0.0).sum() / (config.kv_heads * prompt.sum())
         scaled = (q * config.head_dim**-0.5).astype(q.dtype)
         out = gated_attention(scaled, k, v, flags, free, settings.clamp)
-        return llama.finish(block, x, backbone.joined(out), config), kept
+        return backbone.finish(block, x, backbone.joined(out), config), kept
 
     x, kept = backbone.through_layers(params, layer, batch["tokens"], (trained["gate"], trained["lora"]))
     said = answer_loss(params, x, batch)

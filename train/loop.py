@@ -142,6 +142,7 @@ def train(
     measure = task.evaluate and jax.jit(task.evaluate, out_shardings=meshes.replicated(mesh))
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(meshes.over(mesh))
         store = stack.enter_context(checkpoints.opened(folder / "checkpoints", keep=keep, say=console.print))
         found = checkpoints.restore(
             store, like, functools.partial(meshes.place, layout=layout), note, may_change=may_change

@@ -83,7 +83,9 @@ def train(
 ) -> Any:
     """Trains as `settings` say, writes the heads to `settings.output`, and returns all that was trained."""
     mesh = meshes.make_mesh(settings.data, settings.fsdp, settings.tensor)
-    model = kvjax.load(settings.model, dtype=settings.dtype)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # one chip of many may not hold the model
+        model = kvjax.load(settings.model, dtype=settings.dtype)
+        frozen = backbone.stacked(model.params)
     rows = data.read_rows(
         settings.files,
         model,
@@ -97,7 +99,6 @@ def train(
         print(rows.summary, flush=True)
     where = {"batch": settings.batch, "seed": settings.seed, "process": meshes.rows_of_process(mesh)}
     work = task(model.config, settings)
-    frozen = backbone.stacked(model.params)
     frozen = meshes.place(frozen, backbone.shardings(frozen, mesh))
     trained = loop.train(
         work,

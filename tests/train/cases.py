@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from tests.tiny import CONFIG, random_params
-from train import backbone, locret, loop
+from train import attention_gate, backbone, locret, loop
 from train import mesh as meshes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -96,7 +96,15 @@ def locret_case(process=(0, 1)):
     return locret.task(CONFIG, settings), backbone.stacked(random_params()), PairBatches(process)
 
 
-CASES = {"toy": toy, "locret": locret_case}
+def gate_case(process=(0, 1)):
+    """Attention gates of a tiny model."""
+    settings = attention_gate.Settings(
+        model="", files=(), folder="", output="", sequence=20, steps=5, heads=2, head_dim=4, learning_rate=1e-2
+    )
+    return attention_gate.task(CONFIG, settings), backbone.stacked(random_params()), PairBatches(process)
+
+
+CASES = {"toy": toy, "locret": locret_case, "attention_gate": gate_case}
 
 
 def main(name, folder, steps, save_every, fsdp=1, tensor=1, coordinator=None, count=None, index=None):
