@@ -129,10 +129,16 @@ def _kivi(to: Target) -> Policy | None:
 
 
 def _locret(to: Target) -> Policy | None:
-    """Slots for a tail as long as a question and for a part of the answer, and what is left for the heads to choose."""
-    tail = every = max(1, min(24, to.budget // 5))
+    """Slots for a tail as long as a question and a part of the answer; what is left is for the heads to choose.
+
+    Sinks and many newest tokens cost facts and save prose: at 1/8 of 1000 tokens, without sinks and with 16 of the
+    newest, heads half trained found 9 facts of 24 at a KL of 0.55 nats, and as here 8 at 0.21.
+    """
+    tail, every = max(1, min(24, to.budget // 5)), max(1, min(8, to.budget // 10))
     budget = int(to.bytes / to.slot(2)) + 1 - tail - every
-    return policies.locret(budget, stabilizers=min(32, budget // 2), tail=tail, every=every) if budget > 1 else None
+    if budget < 10:
+        return None
+    return policies.locret(budget, stabilizers=min(40, budget // 2), sinks=4, tail=tail, every=every)
 
 
 PROMPT = "Read this text and remember it.\n\n{context}\n\n"

@@ -282,7 +282,7 @@ def test_what_is_no_file_of_heads_is_refused(saved, tmp_path):
     with pytest.raises(ValueError, match=r"does not say that it holds heads of kvjax\. Was it saved by heads\.save"):
         heads.load(tmp_path / "other", PARAMS)
     for absent in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(ValueError, match=r"there is no file .*With the package come smollm2-attention-gate"):
+        with pytest.raises(ValueError, match=r"there is no file .*With the package come smollm2-locret"):
             heads.load(absent, PARAMS)
 
 

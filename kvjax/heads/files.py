@@ -23,7 +23,7 @@ from kvjax.policy import Policy
 
 VERSION = 1
 KINDS = {kind.__name__: kind for kind in (AttentionGate, LinearGate, RetainingHead)}
-BUNDLED = ("smollm2-attention-gate", "smollm2-locret")  # files beside this one
+BUNDLED = ("smollm2-locret",)  # files beside this one
 NEAR = 0.03  # how far norms of the weights may differ between two roundings of one model
 
 
@@ -83,7 +83,7 @@ def load(source: str | os.PathLike, params: Params) -> dict[str, tuple[nnx.Modul
     """Heads for the model of `params`, as `kvjax.with_heads` takes them: {method: one for each layer}.
 
     Args:
-      source: A file, or "smollm2-locret" or "smollm2-attention-gate", which come with the package.
+      source: A file, or "smollm2-locret", which comes with the package.
       params: The model. The heads get the dtype of its weights.
 
     Raises:
