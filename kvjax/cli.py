@@ -27,7 +27,7 @@ HeadsOption = Annotated[
     list[Path] | None,
     typer.Option("--heads", help="A file of trained heads; without it those that come with kvjax. Can be given again."),
 ]
-DEMO = "full,streaming_llm,h2o,snapkv,tova,keydiff,compactor,ems,kvmerger"  # within six minutes on two cores
+DEMO = "full,streaming_llm,h2o,snapkv,tova,keydiff,compactor,ems,kvmerger,locret"  # within six minutes on two cores
 FileOption = Annotated[Path | None, typer.Option("--file", help="Read the prompt from a UTF-8 file instead.")]
 
 

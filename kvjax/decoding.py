@@ -398,5 +398,5 @@ def empty_cache(params: Params, policy: Policy, batch: int, *, tokens: int = 0, 
         capacity = own.capacity(tokens, room)
         return own.empty(LayerShape(batch, config.kv_heads, capacity, config.head_dim, params.embed.dtype, i))
 
-    layers = tuple(layer(i, own) for i, own in enumerate(policy.of_layers(config.layers)))
+    layers = tuple(layer(i, own) for i, own in enumerate(policy.of_layers(len(params.blocks))))
     return Cache(layers, jnp.zeros(batch, jnp.int32), policy, params.config)
