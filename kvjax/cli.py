@@ -126,7 +126,7 @@ def compare(
         comparing.plan(names, size)  # refuses what cannot be done before anything is loaded
         started = time.perf_counter()
         loaded = _load(model, dtype, heads)
-        names = comparing.trained(loaded, names) if methods == "all" else names
+        names = comparing.trained(loaded, names) if methods in ("all", DEMO) else names
         comparing.check_fits(loaded, size)
         out.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of work
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
