@@ -84,6 +84,16 @@ def locret(
     def placed(cache: LayerCache) -> LayerCache:
         return with_places(cache, place_in_cache(cache)) if positions == "cache" else cache
 
+    def cut_back(cache: LayerCache, rows: jax.Array) -> LayerCache:
+        """`cut` with stabilizers, of no cost where there are no such rows."""
+
+        def smaller():  # keys and values stay out of it, and are not copied
+            left = placed(cut(cache, rows, jnp.full(rows.shape, stabilizers)))
+            return left.pos, left.stats
+
+        pos, stats = jax.lax.cond(rows.any(), smaller, lambda: (cache.pos, cache.stats))
+        return dataclasses.replace(cache, pos=pos, stats=stats)
+
     def update(cache: LayerCache, seen: Seen, capacity: int) -> LayerCache:
         if seen.turn is None:
             return step(cache, seen)
@@ -100,19 +110,12 @@ def locret(
             return cache
         reads = seen.now != FREE
         generated = cache.carry + reads
-        due = reads & (generated % every == 0)
-
-        def smaller():  # keys and values stay out of it, and are not copied
-            left = placed(cut(cache, due, jnp.full(due.shape, stabilizers)))
-            return left.pos, left.stats
-
-        pos, stats = jax.lax.cond(due.any(), smaller, lambda: (cache.pos, cache.stats))
-        return dataclasses.replace(cache, pos=pos, stats=stats, carry=generated)
+        return cut_back(cache, reads & (generated % every == 0)).with_carry(generated)
 
     def make_room(cache: LayerCache, last: jax.Array, room: int | jax.Array) -> LayerCache:
         used = (cache.pos != FREE).sum(axis=-1).max(axis=-1)
         full = (last > 0) & (used + last + (room if every is None else every) > cache.slots)
-        return placed(cut(cache, full, jnp.full(used.shape, stabilizers)))
+        return cut_back(cache, full)
 
     def grow(tokens, room):
         return min(tokens, budget + tail) + room
