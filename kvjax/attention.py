@@ -47,6 +47,7 @@ def attend(
     layer: int | jax.Array = 0,
     given: dict[str, jax.Array] | None = None,
     turn: Turn | None = None,
+    prefix: LayerCache | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """Attention of one layer over its cache and this call's tokens, then the policy's eviction.
 
@@ -72,6 +73,9 @@ def attend(
         of the policy: [B, T], or [B, H, T] where heads differ}. The statistics of tokens start there, and at 0 without.
       turn: The turn that this call reads a part of, for the policies that choose by where it ends. None takes this call
         for a whole one, if it is the first or has several tokens, and else for a decode step.
+      prefix: What rows share and none of them changes: a layer of P rows, made by a policy of its own. The first B / P
+        rows of this call follow its first row, and so on. Each row of it is read once, for all that follow it, and its
+        slots come under the same softmax as a row's own.
 
     Returns:
       The output [B, T, Hq, D] (0 for padding), and the layer's new cache. Where a policy that keeps every token has no
@@ -82,6 +86,7 @@ def attend(
         to be given what is not; or, outside jit, if a policy that keeps every token has no free slot for a single one.
     """
     _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window)
+    _check_prefix(prefix, policy, q, k)
     q, k, v, positions = (jnp.asarray(x) for x in (q, k, v, positions))
     batch, count, q_heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -101,7 +106,7 @@ def attend(
         name: jnp.broadcast_to(jnp.reshape(x, (batch, -1, count)), (batch, kv_heads, count)).astype(jnp.float32)
         for name, x in given.items()
     }
-    settings = {"rope": rope, "scale": scale, "sliding_window": sliding_window}
+    settings = {"rope": rope, "scale": scale, "sliding_window": sliding_window, "prefix": prefix}
     if policy.tail and turn is not None:
         return _tail_apart(q, k, v, cache, policy, positions, angles, given, turn, capacity, settings)
     if count > 1 and (policy.stepwise == "always" or (policy.stepwise == "turns" and not first)):
@@ -110,7 +115,7 @@ def attend(
 
 
 def _attend_once(
-    q, k, v, cache, policy, positions, angles, given, turn, capacity, *, rope, scale, sliding_window
+    q, k, v, cache, policy, positions, angles, given, turn, capacity, *, rope, scale, sliding_window, prefix
 ) -> tuple[jax.Array, LayerCache]:
     """`attend` for tokens that all enter the cache before any leaves it; given is {name: f32[B, H, T]}."""
     batch, count, q_heads, head_dim = q.shape
@@ -139,8 +144,10 @@ def _attend_once(
     if policy.ranks is not None:
         q, keys, q_pos, k_pos = _renumbered(q, held, policy.ranks, positions, rope)
     scale = head_dim**-0.5 if scale is None else scale
+    scaled = (q * scale).astype(q.dtype)  # a scale of numpy would widen it
+    shared = None if prefix is None else _over_prefix(scaled, q_pos, prefix, sliding_window)
     attended = attend_slots(
-        (q * scale).astype(q.dtype),  # a scale of numpy would widen it
+        scaled,
         keys,
         values,
         q_pos,
@@ -149,7 +156,11 @@ def _attend_once(
         bias=None if policy.bias is None else policy.bias(held, turn),
         sliding_window=sliding_window,
         low=None if low is None else ((low[0] * scale).astype(q.dtype), *low[1:]),
+        elsewhere=None if shared is None else shared.lse,
     )
+    if shared is not None:
+        share = jnp.exp(shared.lse - jnp.where(attended.lse > -jnp.inf, attended.lse, 0.0))[..., None]
+        attended = attended._replace(out=(attended.out + share * shared.out).astype(attended.out.dtype))
     if lost is not None:
         attended = attended._replace(out=jnp.where(lost[:, :, None, None, None], jnp.nan, attended.out))
     below = 0 if low is None else cache.low.slots
@@ -158,6 +169,34 @@ def _attend_once(
     seen = Seen(positions, q, unrotated, attended.out, attended.lse, mass, theirs, turn)
     cache = policy.first(held, seen, capacity) if first else policy.later(held, stored, seen, capacity)
     return attended.out.transpose(0, 3, 1, 2, 4).reshape(batch, count, q_heads, head_dim), cache
+
+
+def _over_prefix(q: jax.Array, q_pos: jax.Array, prefix: LayerCache, sliding_window: int | None) -> Attended:
+    """What q [B, H, G, T, D] at `q_pos` i32[B, 1, T] reads of `prefix`; queries that share a row of it are one product.
+
+    The statistics of a prefix are left as they are.
+    """
+    batch, heads, group, count, head_dim = q.shape
+    own, parts = prefix.made_by, prefix.pos.shape[0]
+    q = jnp.moveaxis(q.reshape(parts, batch // parts, heads, group, count, head_dim), 1, 3)
+    q = own.asked(q.reshape(parts, heads, group, -1, head_dim), prefix.fitted)  # [P, H, G, B / P * T, D]
+    q_pos = q_pos.reshape(parts, 1, -1)
+    k, v = (x.load() if isinstance(x, Packed) else x for x in own.read(prefix, own.loaded(prefix)))
+
+    def attend_block(block):
+        q_block, at, weight, _ = block
+        keys = k.astype(q.dtype), v.astype(q.dtype)
+        out, lse, columns = _attend_block(q_block, keys[:1], keys[1:], at, prefix.pos, weight, None, sliding_window)
+        return columns, (out, lse)
+
+    size = max(1, min(q.shape[3], BLOCK_LOGITS // max(1, prefix.slots)))
+    _, (out, lse) = _over_blocks(attend_block, size, ((q,), q_pos, {}, None))
+
+    def by_row(x):  # [P, H, G, B / P * T, ...]
+        x = jnp.moveaxis(x.reshape(*x.shape[:3], batch // parts, count, *x.shape[4:]), 3, 1)
+        return x.reshape(batch, *x.shape[2:])
+
+    return Attended(by_row(out), by_row(lse), {})
 
 
 def _token_by_token(q, k, v, cache, policy, positions, angles, given, settings):
@@ -276,6 +315,7 @@ def attend_slots(
     bias: jax.Array | None = None,
     sliding_window: int | None = None,
     low: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
+    elsewhere: jax.Array | None = None,
 ) -> Attended:
     """Softmax attention over slots, causal by position. A query without a visible slot gives 0, and lse = -inf.
 
@@ -290,17 +330,21 @@ def attend_slots(
       sliding_window: Keys a query sees, itself included; None sees all.
       low: Another tier of M slots under the same softmax: q, k, v and k_pos as above, where q and k may be narrower.
         Its statistics come first, in M + N slots.
+      elsewhere: f32[B, H, G, T], log-sum-exp of the logits that each query has for keys which are not here. They take
+        their share of the softmax; what they add to the output is the caller's to add.
     """
     q, k, v = (q,), (k,), (v,)  # of each tier
     if low is not None:
         q, k, v, k_pos = (low[0], *q), (low[1], *k), (low[2], *v), jnp.concatenate([low[3], k_pos], axis=2)
     newest = q_pos.max(axis=-1, keepdims=True)  # [B, H or 1, 1]
     weights = {need: _counted(need, q_pos, newest) for need in needs}  # f32[B, H or 1, T]
-    if kernels.attention_of(q, k, v, needs) != "reference":
+    if elsewhere is None and kernels.attention_of(q, k, v, needs) != "reference":
         return Attended(*kernels.attend(q, k, v, q_pos, k_pos, weights, bias=bias, sliding_window=sliding_window))
     k, v = (tuple(x.load().astype(q[0].dtype) if isinstance(x, Packed) else x for x in tiers) for tiers in (k, v))
     if q[0].shape[3] == 1:
-        return _attend_one(q, k, v, q_pos, k_pos, needs=needs, bias=bias, sliding_window=sliding_window)
+        return _attend_one(
+            q, k, v, q_pos, k_pos, needs=needs, bias=bias, sliding_window=sliding_window, elsewhere=elsewhere
+        )
     count, slots, below = q[0].shape[3], k_pos.shape[2], k_pos.shape[2] - k[-1].shape[2]
     before = slots - count
 
@@ -314,7 +358,7 @@ def attend_slots(
         seen = before + stop  # slots that the span can see
 
         def attend_block(block, seen=seen):
-            q_block, at, weight = block
+            q_block, at, weight, beyond = block
             out, lse, columns = _attend_block(
                 q_block,
                 (*k[:-1], k[-1][:, :, : seen - below]),
@@ -324,6 +368,7 @@ def attend_slots(
                 weight,
                 None if bias is None else bias[:, :, :seen],
                 sliding_window,
+                beyond,
             )
             return columns, (out, lse)
 
@@ -335,6 +380,7 @@ def attend_slots(
                 tuple(x[:, :, :, start:stop] for x in q),
                 q_pos[:, :, start:stop],
                 {need: weight[:, :, start:stop] for need, weight in weights.items()},
+                None if elsewhere is None else elsewhere[..., start:stop],
             ),
         )
         outs.append(out)
@@ -349,7 +395,7 @@ def _over_blocks(attend_block, size, queries):
     q is a tuple of [B, H, G, T, D], all else that belongs to a query has T last. Blocks that do not fill up are padded
     with queries at position -1, which see nothing.
     """
-    q, at, weights = queries
+    q, at, weights, elsewhere = queries
     count = q[0].shape[3]
     blocks = -(-count // size)
     if blocks == 1:
@@ -370,6 +416,7 @@ def _over_blocks(attend_block, size, queries):
         tuple(split(x, 3) for x in q),
         split(at, 2, FREE),
         {need: split(weight, 2) for need, weight in weights.items()},
+        None if elsewhere is None else split(elsewhere, 3, -jnp.inf),
     )
     columns, (out, _) = jax.eval_shape(attend_block, jax.tree.map(lambda x: x[0], stacked))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), columns)
@@ -387,7 +434,7 @@ def _over_blocks(attend_block, size, queries):
     return columns, (join(out), join(lse))
 
 
-def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):
+def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window, elsewhere=None):
     """Whole rows of a block of queries: out [B, H, G, t, D], lse f32[B, H, G, t], columns {Mass: f32[B, H, n]}."""
     batch, heads, group, count, _ = q[0].shape
 
@@ -403,7 +450,7 @@ def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):
         None if bias is None else bias[:, :, None, None, :],
         sliding_window,
     )
-    p, total, lse = _exponentials(logits)
+    p, total, lse = _exponentials(logits, elsewhere)
     # The division by the total is left to the end: it then touches [t, D] instead of [t, n].
     out = sum(product(part.astype(x.dtype), x, 2) for part, x in zip(_split(p, v), v, strict=True))
     out = (out / total[..., None]).astype(v[-1].dtype)
@@ -416,7 +463,7 @@ def _attend_block(q, k, v, q_pos, k_pos, weights, bias, sliding_window):
     return out, lse, columns
 
 
-def _attend_one(q, k, v, q_pos, k_pos, *, needs, bias, sliding_window):
+def _attend_one(q, k, v, q_pos, k_pos, *, needs, bias, sliding_window, elsewhere):
     """One query a row: bytes are all that counts, so each query head is a matrix-vector product over the slots."""
     group = q[0].shape[2]
 
@@ -430,7 +477,7 @@ def _attend_one(q, k, v, q_pos, k_pos, *, needs, bias, sliding_window):
     logits = _mask(
         logits, q_pos[:, :, None], k_pos[:, :, None], None if bias is None else bias[:, :, None], sliding_window
     )
-    p, total, lse = _exponentials(logits)
+    p, total, lse = _exponentials(logits, None if elsewhere is None else elsewhere[..., 0])
     p = p / total[..., None]
     parts = list(zip(_split(p, v), v, strict=True))
     out = jnp.stack(
@@ -461,12 +508,18 @@ def _mask(logits, q_pos, k_pos, bias, sliding_window):
     return jnp.where(visible, logits, -jnp.inf)
 
 
-def _exponentials(logits):
-    """exp(logits - max), their sum (1 where nothing is visible), and the log-sum-exp, over the last axis."""
+def _exponentials(logits, elsewhere):
+    """exp(logits - max), their sum (1 where nothing is visible), and the log-sum-exp, over the last axis.
+
+    Sum and log-sum-exp count the logits `elsewhere`, given as their own log-sum-exp, if there are any.
+    """
     top = logits.max(axis=-1)
+    top = top if elsewhere is None else jnp.maximum(top, elsewhere)
     some = top > -jnp.inf
-    p = jnp.exp(logits - jnp.where(some, top, 0.0)[..., None])
-    total = jnp.where(some, p.sum(axis=-1), 1.0)
+    base = jnp.where(some, top, 0.0)
+    p = jnp.exp(logits - base[..., None])
+    total = p.sum(axis=-1) + (0.0 if elsewhere is None else jnp.exp(elsewhere - base))
+    total = jnp.where(some, total, 1.0)
     return p, total, jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
@@ -539,6 +592,30 @@ def _check(q, k, v, cache, policy, positions, rope, capacity, sliding_window):
         raise ValueError(
             f"attend: the cache holds {cache.dtype} keys in [B, kv_heads, slots] = {list(cache.pos.shape)}, and k of "
             f"this call is {k.dtype}{list(k.shape)}. Was this cache made for another model, batch or dtype?"
+        )
+
+
+def _check_prefix(prefix, policy, q, k):
+    if prefix is None:
+        return
+    own = prefix.made_by
+    for name, which in ((policy.name, policy), (None if own is None else own.name, own)):
+        if which is None or which.ranks is not None:
+            raise ValueError(
+                f"attend: {name or 'no policy'} cannot have to do with a shared prefix: it numbers tokens by their "
+                f"place in the cache, and those of a prefix are rotated at their true positions. Take a policy that "
+                f"keeps true positions."
+            )
+    if own.low is not None or own.form is not None:
+        raise ValueError(
+            f"attend: the prefix was made by {own.name}, which stores whole layers or two tiers, and a prefix is read "
+            f"as one set of slots. Take `full` or a policy that evicts, with codecs or without."
+        )
+    shape, rows = prefix.pos.shape, q.shape[0]
+    if shape[0] == 0 or rows % shape[0] or shape[1] != k.shape[2] or prefix.dtype != k.dtype:
+        raise ValueError(
+            f"attend: the prefix has {prefix.dtype} slots [P, kv_heads, N] = {list(shape)}, and k is {k.dtype}"
+            f"{list(k.shape)}; wanted P that divides its {rows} rows, and the same heads and dtype."
         )
 
 
