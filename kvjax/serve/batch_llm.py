@@ -18,7 +18,7 @@ policy; the heterogeneous kernel is two calls of `kvjax.attend`.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,7 @@ from kvjax.models import llama
 from kvjax.models.llama import Block, Config, Params
 from kvjax.policy import Policy, check_policy
 from kvjax.sampling import make_draw, row_keys, sample
-from kvjax.serve.prefix_plan import Group, Plan, ordered, plan
+from kvjax.serve.prefix_plan import Group, Plan, ordered, partition, plan
 from kvjax.serve.scheduling import Iteration, Scheduler
 from kvjax.serve.shapes import bucket
 
@@ -107,6 +107,8 @@ def answers(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | int | None = None,
+    part: tuple[int, int] = (0, 1),
+    done: Collection[int] = (),
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Finished]:
     """Answers many prompts, each as soon as it is done.
@@ -128,6 +130,9 @@ def answers(
       top_k: See there.
       top_p: See there.
       key: A seed, a key, or one for each prompt: what is drawn for a prompt does not depend on the others.
+      part: (p, n) answers the p-th of n parts of the prompts only, for n machines that each have all prompts. Groups
+        stay together, so that a prefix lives on one of them; all find the same parts.
+      done: Prompts that were answered before, and are left out. The parts are those of all prompts.
       on_progress: Called after every iteration.
 
     Raises:
@@ -142,30 +147,31 @@ def answers(
     batch_tokens = whole("batch", "batch_tokens", batch_tokens, least=16)
     draw, stop = make_draw(temperature, top_k, top_p), set(np.asarray(check_stop(params.config, stop)).tolist())
     keys = row_keys(key, len(prompts))
-    return _answers(
-        params, prompts, policy, prefix_policy, outputs, method, memory, batch_tokens, stop, draw, keys, on_progress
-    )
-
-
-def _answers(
-    params, prompts, policy, prefix_policy, outputs, method, memory, batch_tokens, stop, draw, keys, on_progress
-):
+    mine, parts = (whole("batch", "part", number, least=0) for number in part)
+    if not mine < parts:
+        raise ValueError(f"batch: part={part} must be (p, n) with p in 0..n-1.")
     shapes = _Shapes(params, policy, prefix_policy, memory, batch_tokens)
-    refused = {i: why for i, prompt in enumerate(prompts) if (why := shapes.refusal(prompt, outputs[i]))}
+    refused = {i: why for i, prompt in enumerate(prompts) if (why := shapes.refusal(prompt, int(outputs[i])))}
+    kept = [i for i in range(len(prompts)) if i not in refused]
+    groups = _groups(kept, prompts, outputs, method, mine, parts) if kept else []
+    check_shareable(policy, prefix_policy, any(group.prefix_length for group in groups))
+    done = set(done)
+    left = [Group(length, tuple(i for i in members if i not in done)) for length, members in groups]
+    groups = [group for group in left if group.members]
+    refused = {i: why for n, (i, why) in enumerate(refused.items()) if n % parts == mine and i not in done}
+    return _answers(shapes, groups, refused, prompts, outputs, stop, draw, keys, on_progress)
+
+
+def _answers(shapes, groups, refused, prompts, outputs, stop, draw, keys, on_progress):
     for i, why in refused.items():
         yield Finished(i, np.zeros(0, np.int32), why)
-    kept = [i for i in range(len(prompts)) if i not in refused]
-    if not kept:
-        return
-    groups = _groups([prompts[i] for i in kept], outputs[kept], method)
-    groups = [Group(group.prefix_length, tuple(kept[i] for i in group.members)) for group in groups]
-    check_shareable(policy, prefix_policy, any(group.prefix_length for group in groups))
-    logical = sum(len(prompts[i]) for i in kept)
+    logical = sum(len(prompts[i]) for group in groups for i in group.members)
     shared = sum(group.prefix_length * (len(group.members) - 1) for group in groups)
-    progress = Progress(len(prompts), logical, shared, done=len(refused))
+    count = len(refused) + sum(len(group.members) for group in groups)
+    progress = Progress(count, logical, shared, done=len(refused))
     began, seen = time.perf_counter(), set()
     for blocks, some in shapes.classes(groups, prompts, outputs):
-        run = _Run(params, policy, prefix_policy, blocks, some, prompts, outputs, batch_tokens, stop, draw, keys)
+        run = _Run(shapes, blocks, some, prompts, outputs, stop, draw, keys)
         progress.cache_bytes = run.nbytes
         progress.most_bytes = max(progress.most_bytes, run.nbytes)
         for read, generated, finished in run:
@@ -179,12 +185,20 @@ def _answers(
                 on_progress(dataclasses.replace(progress))
 
 
-def _groups(prompts, outputs, method) -> tuple[Group, ...]:
-    lengths = [len(prompt) for prompt in prompts]
+def _groups(kept, prompts, outputs, method, mine, parts) -> list[Group]:
+    """This part's groups of the prompts `kept`, in the order in which they are to run."""
+    lengths = [len(prompts[i]) for i in kept]
     if method == "none":
-        alone = tuple(Group(0, (i,)) for i in range(len(prompts)))
-        return ordered(Plan(alone, method, 1, sum(lengths), sum(lengths)), lengths, outputs).groups
-    return ordered(plan(prompts, method=method), lengths, outputs).groups
+        alone = tuple(Group(0, (i,)) for i in range(len(kept)))
+        made = Plan(alone, method, 1, sum(lengths), sum(lengths))
+    else:
+        made = plan([prompts[i] for i in kept], method=method)
+    made = ordered(made, lengths, outputs[kept])
+    groups = made.groups
+    if parts > 1:
+        rank = {i: g for g, group in enumerate(groups) for i in group.members}
+        groups = sorted(partition(made, lengths, parts)[mine], key=lambda group: rank[group.members[0]])
+    return [Group(group.prefix_length, tuple(kept[i] for i in group.members)) for group in groups]
 
 
 def check_shareable(policy: Policy, prefix_policy: Policy, shares: bool = True) -> None:
@@ -502,8 +516,8 @@ def _sample(params: Params, x: jax.Array, work: Work, keys: jax.Array, who: jax.
 class _Run:
     """One class of groups; iterate over it: tokens read and generated, and what finished, of each iteration."""
 
-    def __init__(self, params, policy, prefix_policy, blocks, groups, prompts, outputs, batch_tokens, stop, draw, keys):
-        self.params, self.policies = params, (policy, prefix_policy)
+    def __init__(self, shapes, blocks, groups, prompts, outputs, stop, draw, keys):
+        self.params, self.policies = shapes.params, (shapes.policy, shapes.prefix_policy)
         self.blocks, self.groups, self.prompts, self.outputs = blocks, groups, prompts, outputs
         self.stop, self.draw, self.keys = stop, draw, keys
         self.group_of = {i: g for g, group in enumerate(groups) for i in group.members}
@@ -512,14 +526,14 @@ class _Run:
             groups,
             [suffixes.get(i, 1) for i in range(len(prompts))],
             outputs,
-            batch_tokens=batch_tokens,
+            batch_tokens=shapes.batch_tokens,
             memory=2**31 - 1,  # blocks bound it
             max_resident_groups=blocks.count,
             rows_per_group=blocks.each,
             suffix_lanes=blocks.suffix_lanes,
             prefix_lanes=blocks.prefix_lanes,
         )
-        self.caches = pools(params, policy, prefix_policy, blocks)
+        self.caches = pools(self.params, *self.policies, blocks)
         self.nbytes = nbytes(self.caches)
         self.block_of: dict[int, int] = {}
         self.free_blocks = list(range(blocks.count))[::-1]

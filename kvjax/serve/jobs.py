@@ -1,0 +1,257 @@
+"""`kvjax batch`: prompts of a JSON Lines file to answers in another, in a run that may be killed at any time.
+
+    prompts.jsonl           {"id": "a", "prompt": "..."}        a line for each
+    out.jsonl.partial       {"job": "<digest>"}                 and a line for each prompt that is done, as they finish
+    out.jsonl               written whole, in the order of the prompts, when all are done; then the journal goes
+
+A run that finds its journal goes on from it. Of n machines each writes a journal of its own into the same folder, and
+the last to finish writes the answers.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+
+from kvjax.files import write_whole
+from kvjax.models.weights import Model
+from kvjax.policy import Policy
+from kvjax.sampling import row_keys
+from kvjax.serve.batch_llm import Finished, Progress, answers
+from kvjax.serve.chunk_store import namespace_of
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the prompts, or why it is none."""
+
+    id: Any
+    tokens: tuple[int, ...] | str = ()
+    max_new_tokens: int | None = None
+    error: str | None = None
+
+
+def run(
+    model: Model,
+    prompts: str | os.PathLike,
+    out: str | os.PathLike,
+    policy: Policy | None = None,
+    *,
+    prefix_policy: Policy | None = None,
+    max_new_tokens: int = 64,
+    chat: bool = True,
+    part: tuple[int, int] | None = None,
+    key: int = 0,
+    on_progress: Callable[[Progress], None] | None = None,
+    **settings: Any,
+) -> Path | None:
+    """Answers the prompts of a file.
+
+    A line is {"prompt": "..."} or {"tokens": [...]}, with an "id" (else its number, from 0) and "max_new_tokens" if it
+    wants. Its answer is {"id", "text", "tokens", "finish": "stop" or "length"}; or {"id", "error"}, if the line is
+    broken, empty, too long, or has the id of an earlier one. Nothing stops the run but what is wrong with all of it.
+
+    Args:
+      model: With a tokenizer.
+      prompts: The file, UTF-8.
+      out: The file of answers; one that is there is replaced when all are done.
+      policy: See `batch_llm.answers`, as `prefix_policy` and what else `settings` may hold.
+      prefix_policy: See there.
+      max_new_tokens: Of lines that do not say.
+      chat: Whether prompts are put into the model's chat template, if it has one.
+      part: (p, n) for the p-th of n machines; None asks `jax.distributed`, and is (0, 1) without it.
+      key: A seed.
+      on_progress: See there.
+
+    Returns:
+      The file of answers; None if another machine is still to write it.
+
+    Raises:
+      ValueError: If the file cannot be read, another run writes the same answers, or a journal is of another job.
+    """
+    out = Path(out)
+    part = (jax.process_index(), jax.process_count()) if part is None else part
+    lines, digest = _lines(model, Path(prompts), chat)
+    job = [VERSION, digest, namespace_of(model.params, str(policy)), str(prefix_policy), max_new_tokens, chat, part[1]]
+    job = hashlib.sha256(json.dumps([*job, key, repr(sorted(settings.items()))]).encode()).hexdigest()
+    whole = [i for i, line in enumerate(lines) if not line.error]
+    place = {i: n for n, i in enumerate(whole)}
+    outputs = [lines[i].max_new_tokens or max_new_tokens for i in whole]
+    with _journal(_journal_of(out, part), job) as (file, before):
+        for i, line in enumerate(lines):
+            if line.error and i not in before and i % part[1] == part[0]:
+                _append(file, i, {"id": line.id, "error": line.error})
+
+        def progress(one: Progress) -> None:
+            _sync(file)
+            if on_progress is not None:
+                total, done = one.prompts + len(before), one.done + len(before)
+                on_progress(dataclasses.replace(one, prompts=total, done=done))
+
+        for one in answers(
+            model.params, [lines[i].tokens for i in whole], policy, prefix_policy=prefix_policy,
+            max_new_tokens=outputs, stop=model.stop_tokens, key=row_keys(key, len(lines))[np.array(whole, int)],
+            part=part, done=[place[i] for i in before if i in place], on_progress=progress, **settings,
+        ):  # fmt: skip
+            line = whole[one.index]
+            _append(file, line, _record(model, lines[line].id, one, outputs[one.index]))
+        _append(file, -1, {})  # all of this part is done
+        _sync(file)
+        return _finish(out, part[1], job, len(lines))
+
+
+def _record(model: Model, id: Any, one: Finished, limit: int) -> dict[str, Any]:
+    if one.error is not None:
+        return {"id": id, "error": one.error}
+    finish = "length" if len(one.tokens) == limit else "stop"
+    return {"id": id, "text": model.decode(one.tokens), "tokens": len(one.tokens), "finish": finish}
+
+
+# Prompts
+
+
+def _lines(model: Model, path: Path, chat: bool) -> tuple[list[Line], str]:
+    """The lines of a file, tokenised, and its digest."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"batch: {path} cannot be read ({error.strerror}). Give a file of JSON Lines.") from None
+    found, ids = [], set()
+    for number, text in enumerate(content.split(b"\n")):
+        if text.strip():
+            line = _line(number, text)
+            if line.error is None and (key := json.dumps(line.id)) in ids:
+                line = Line(line.id, error=f"line {number + 1}: the id {line.id!r} is that of an earlier line")
+            elif line.error is None:
+                ids.add(key)
+            found.append(line)
+    if not found:
+        raise ValueError(f"batch: {path} has no lines. Give one for each prompt.")
+    texts = [i for i, line in enumerate(found) if isinstance(line.tokens, str)]
+    chat = chat and model.chat_template is not None
+    for at in range(0, len(texts), 1000):
+        some = texts[at : at + 1000]
+        said = [model.chat(found[i].tokens) if chat else found[i].tokens for i in some]
+        encoded = model.tokenizer.encode_batch(said, add_special_tokens=not chat)
+        for i, one in zip(some, encoded, strict=True):
+            found[i] = dataclasses.replace(found[i], tokens=tuple(one.ids))
+    return found, hashlib.sha256(content).hexdigest()
+
+
+def _line(number: int, text: bytes) -> Line:
+    """One line; its prompt, if it is a text, still stands in `tokens`."""
+    where = f"line {number + 1}"
+    try:
+        said = json.loads(text)
+    except ValueError as error:  # UnicodeDecodeError is one
+        return Line(number, error=f"{where} is no JSON: {error}")
+    if not isinstance(said, dict):
+        return Line(number, error=f"{where} is {json.dumps(said)[:40]}, and must be an object with a prompt")
+    name, limit, prompt, tokens = (said.get(key) for key in ("id", "max_new_tokens", "prompt", "tokens"))
+    name = number if name is None else name
+    if unknown := sorted(said.keys() - {"id", "max_new_tokens", "prompt", "tokens"}):
+        return Line(name, error=f"{where} has {', '.join(unknown)}; known are id, prompt, tokens and max_new_tokens")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or not 0 < limit < 2**31):
+        return Line(name, error=f"{where}: max_new_tokens is {limit!r}, and must be a whole number above 0")
+    if (prompt is None) == (tokens is None):
+        return Line(name, error=f"{where} must have a prompt or tokens, one of them")
+    if prompt is not None and not isinstance(prompt, str):
+        return Line(name, error=f"{where}: the prompt is a {type(prompt).__name__}, and must be a text")
+    if prompt is not None and not prompt.strip():
+        return Line(name, error=f"{where}: the prompt is empty")
+    if prompt is not None:
+        return Line(name, prompt, limit)
+    if not isinstance(tokens, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in tokens):
+        return Line(name, error=f"{where}: tokens must be a list of whole numbers")
+    if any(not -(2**31) <= one < 2**31 for one in tokens):
+        return Line(name, error=f"{where}: tokens do not fit 32 bits")
+    return Line(name, tuple(tokens), limit)
+
+
+# The journal
+
+
+def _journal_of(out: Path, part: tuple[int, int]) -> Path:
+    return out.with_name(f"{out.name}.partial" + (f"-{part[0]}-of-{part[1]}" if part[1] > 1 else ""))
+
+
+@contextlib.contextmanager
+def _journal(path: Path, job: str) -> Iterator[tuple[BinaryIO, set[int]]]:
+    """The journal, open behind its last whole line, and the lines of prompts that it holds."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")
+    except OSError as error:
+        raise ValueError(
+            f"batch: {path} cannot be written ({error.strerror}). Give another place for answers."
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"batch: another run is writing {path}. Wait for it, or give another file.") from None
+        file.seek(0)
+        done, whole = set(), 0
+        for text in file:
+            record = _read(text)
+            if record is None:
+                break  # torn: it was being written when the run was killed
+            if whole == 0 and record.get("job") != job:
+                raise ValueError(
+                    f"batch: {path} is of a run with another file, model or settings. Go on with those, or remove it."
+                )
+            whole += len(text)
+            done.add(record.get("line", -1))
+        file.truncate(whole)
+        file.seek(0, os.SEEK_END)
+        if not whole:
+            file.write(json.dumps({"job": job}).encode() + b"\n")
+        yield file, done - {-1}
+
+
+def _read(text: bytes) -> dict[str, Any] | None:
+    if not text.endswith(b"\n"):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _append(file: BinaryIO, line: int, record: dict[str, Any]) -> None:
+    file.write(json.dumps({"line": line, "record": record}).encode() + b"\n")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _finish(out: Path, parts: int, job: str, count: int) -> Path | None:
+    """Writes the answers, if all parts are done, and removes their journals."""
+    journals = [_journal_of(out, (p, parts)) for p in range(parts)]
+    records: dict[int, dict[str, Any]] = {}
+    for path in journals:
+        try:
+            found = [_read(text) for text in path.read_bytes().splitlines(keepends=True)]
+        except FileNotFoundError:
+            return None
+        found = [record for record in found if record is not None]
+        if not found or found[0].get("job") != job or found[-1].get("line") != -1:
+            return None
+        records |= {record["line"]: record["record"] for record in found[1:] if record["line"] >= 0}
+    assert len(records) == count
+    write_whole(out, "".join(json.dumps(records[i], ensure_ascii=False) + "\n" for i in range(count)))
+    for path in journals:
+        path.unlink(missing_ok=True)
+    return out
