@@ -206,6 +206,121 @@ def view(
         print(f"{out} written: {chosen} keeps {kept.mean():.1%} of {len(words)} tokens")
 
 
+@app.command()
+def paging(
+    trace: Annotated[
+        str, typer.Option(help="rag, zipf, loop, or a file with a page a line, in the order of their requests.")
+    ] = "rag",
+    capacity: Annotated[int, typer.Option(help="Pages that fit into the cache.")] = 60,
+    length: Annotated[int, typer.Option(help="Requests of a trace that is drawn.")] = 10_000,
+    seeds: Annotated[int, typer.Option(help="Draws of wrong predictions and of random choices.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for paging.csv and paging.png.")] = Path("out"),
+) -> None:
+    """Simulates which pages a cache keeps: faults of each policy as its predictions get worse."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from kvjax.files import write_whole
+    from kvjax.serve import simulate, traces
+
+    with _errors():
+        drawn = {"rag": traces.rag, "zipf": traces.zipf, "loop": traces.loop}
+        if trace in drawn:
+            requests = drawn[trace](length)
+        else:
+            requests = traces.numbered(filter(str.strip, _prompt("", Path(trace)).splitlines()))
+        out.mkdir(parents=True, exist_ok=True)
+        columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("paging")
+            costs = simulate.sweep(
+                requests,
+                capacity,
+                seeds=seeds,
+                advance=lambda what, done, steps: progress.update(bar, description=what, completed=done, total=steps),
+            )
+        title = f"{trace}: {len(requests)} requests, {capacity} pages in cache; faults, of Belady's; seeds: {seeds}"
+        head, *lines = simulate.table(costs)
+        shown = Table(*head, title=title, title_justify="left")
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for line in lines:
+            shown.add_row(*line)
+        Console(width=None if sys.stdout.isatty() else 180).print(shown)
+        write_whole(out / "paging.csv", simulate.comma_separated(costs))
+        written = [out / "paging.csv"]
+        try:
+            write_whole(out / "paging.png", simulate.picture(costs, title))
+            written.append(out / "paging.png")
+        except ModuleNotFoundError as error:
+            console.print(f"no picture: {error}. pip install 'kvjax[plot]'", style="yellow", markup=False)
+        print(f"{', '.join(map(str, written))} written")
+
+
+@app.command()
+def batch(
+    prompts: Annotated[Path, typer.Argument(help='JSON Lines: {"id": ..., "prompt": "..."} each.')],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file of answers, in the order of the prompts.")],
+    model: ModelOption = "smollm2",
+    dtype: DtypeOption = "float32",
+    policy: PolicyOption = "full",
+    budget: BudgetOption = None,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    settings: SetOption = None,
+    prefix_policy: Annotated[
+        str, typer.Option(help="The method for shared prefixes, as NAME or NAME:BUDGET.")
+    ] = "full",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most, of lines that do not say.")] = 64,
+    raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they are, without the chat template.")] = False,
+    memory: Annotated[float, typer.Option(help="MiB that caches may take.")] = 1024,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one pass through the model.")] = 2048,
+    method: Annotated[str, typer.Option(help="How prompts are grouped: exact, paper, naive or none.")] = "exact",
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the likeliest tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this probability only.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Answers a file of prompts, and computes what they share once. A run that was killed goes on where it was."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from kvjax.serve import jobs
+
+    with _errors():
+        chosen = _policy(policy, settings, budget=budget, window=window, sinks=sinks)
+        name, _, slots = prefix_policy.partition(":")
+        of_prefixes = _policy(name, [f"budget={slots}"] if slots else None)
+        loaded = _load(model, dtype)
+        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        latest = None
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("reading")
+
+            def show(one):
+                nonlocal latest
+                latest = one
+                rate = (one.read + one.generated) / max(one.seconds, 1e-9)
+                said = f"{rate:.0f} tokens/s, {one.shared} shared, {one.cache_bytes / 2**20:.0f} MiB"
+                progress.update(bar, description=said, completed=one.done, total=one.prompts)
+
+            written = jobs.run(
+                loaded, prompts, out, chosen, prefix_policy=of_prefixes, max_new_tokens=max_new_tokens, chat=not raw,
+                memory=int(memory * 2**20), batch_tokens=batch_tokens, method=method, temperature=temperature,
+                top_k=top_k, top_p=top_p, key=seed, on_progress=show,
+            )  # fmt: skip
+        if latest is not None:
+            console.print(
+                f"{latest.read} of {latest.logical} tokens of prompts read ({latest.shared} shared), "
+                f"{latest.generated} generated, {latest.most_bytes / 2**20:.0f} MiB of caches, {latest.seconds:.1f} s",
+                style="dim",
+                highlight=False,
+                soft_wrap=True,
+            )
+        print(f"{written} written" if written else "this part is done; the last one to finish writes the answers")
+
+
 @contextlib.contextmanager
 def _working(what: str):
     """A bar that moves, with the time so far, for work whose steps cannot be counted; it leaves nothing behind."""

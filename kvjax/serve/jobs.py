@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from kvjax.counts import whole
 from kvjax.files import write_whole
 from kvjax.models.weights import Model
 from kvjax.policy import Policy
@@ -36,7 +37,8 @@ class Line:
     """A line of the prompts, or why it is none."""
 
     id: Any
-    tokens: tuple[int, ...] | str = ()
+    tokens: tuple[int, ...] = ()
+    text: str = ""
     max_new_tokens: int | None = None
     error: str | None = None
 
@@ -58,11 +60,12 @@ def run(
     """Answers the prompts of a file.
 
     A line is {"prompt": "..."} or {"tokens": [...]}, with an "id" (else its number, from 0) and "max_new_tokens" if it
-    wants. Its answer is {"id", "text", "tokens", "finish": "stop" or "length"}; or {"id", "error"}, if the line is
-    broken, empty, too long, or has the id of an earlier one. Nothing stops the run but what is wrong with all of it.
+    wants. Its answer is {"id", "text", "finish"}, or {"id", "tokens", "finish"} to tokens, where finish is "stop" or
+    "length"; or {"id", "error"}, if the line is broken, empty, too long, or has the id of an earlier one. Nothing stops
+    the run but what is wrong with all of it.
 
     Args:
-      model: With a tokenizer.
+      model: With a tokenizer, if there are prompts of text.
       prompts: The file, UTF-8.
       out: The file of answers; one that is there is replaced when all are done.
       policy: See `batch_llm.answers`, as `prefix_policy` and what else `settings` may hold.
@@ -84,9 +87,9 @@ def run(
     lines, digest = _lines(model, Path(prompts), chat)
     job = [VERSION, digest, namespace_of(model.params, str(policy)), str(prefix_policy), max_new_tokens, chat, part[1]]
     job = hashlib.sha256(json.dumps([*job, key, repr(sorted(settings.items()))]).encode()).hexdigest()
-    whole = [i for i, line in enumerate(lines) if not line.error]
-    place = {i: n for n, i in enumerate(whole)}
-    outputs = [lines[i].max_new_tokens or max_new_tokens for i in whole]
+    sound = [i for i, line in enumerate(lines) if not line.error]
+    place = {i: n for n, i in enumerate(sound)}
+    outputs = [lines[i].max_new_tokens or max_new_tokens for i in sound]
     with _journal(_journal_of(out, part), job) as (file, before):
         for i, line in enumerate(lines):
             if line.error and i not in before and i % part[1] == part[0]:
@@ -99,22 +102,52 @@ def run(
                 on_progress(dataclasses.replace(one, prompts=total, done=done))
 
         for one in answers(
-            model.params, [lines[i].tokens for i in whole], policy, prefix_policy=prefix_policy,
-            max_new_tokens=outputs, stop=model.stop_tokens, key=row_keys(key, len(lines))[np.array(whole, int)],
+            model.params, [lines[i].tokens for i in sound], policy, prefix_policy=prefix_policy,
+            max_new_tokens=outputs, stop=model.stop_tokens, key=row_keys(key, len(lines))[np.array(sound, int)],
             part=part, done=[place[i] for i in before if i in place], on_progress=progress, **settings,
         ):  # fmt: skip
-            line = whole[one.index]
-            _append(file, line, _record(model, lines[line].id, one, outputs[one.index]))
+            line = sound[one.index]
+            _append(file, line, _record(model, lines[line], one, outputs[one.index]))
         _append(file, -1, {})  # all of this part is done
         _sync(file)
         return _finish(out, part[1], job, len(lines))
 
 
-def _record(model: Model, id: Any, one: Finished, limit: int) -> dict[str, Any]:
+def run_on_ray(load: Callable[[], Model], prompts: str | os.PathLike, out: str | os.PathLike, parts: int, **settings):
+    """`run` as a Ray Data job: each of `parts` tasks loads the model and answers its part, a folder shared by all.
+
+    Args:
+      load: Makes the model, on the machine of the task.
+      prompts: See `run`.
+      out: See there.
+      parts: Tasks; groups stay together, so that a prefix lives in one of them.
+      **settings: See there.
+
+    Returns:
+      The file of answers.
+
+    Raises:
+      ModuleNotFoundError: Without ray: pip install 'kvjax[ray]'.
+    """
+    import ray.data  # late: an extra
+
+    parts = whole("run_on_ray", "parts", parts, least=1)
+    prompts, out = Path(prompts).absolute(), Path(out).absolute()
+
+    def one(row: dict[str, Any]) -> dict[str, Any]:
+        part = int(row["id"])
+        return {"part": part, "written": str(run(load(), prompts, out, part=(part, parts), **settings) or "")}
+
+    done = ray.data.range(parts, override_num_blocks=parts).map(one).take_all()
+    assert len(done) == parts
+    return out
+
+
+def _record(model: Model, line: Line, one: Finished, limit: int) -> dict[str, Any]:
     if one.error is not None:
-        return {"id": id, "error": one.error}
-    finish = "length" if len(one.tokens) == limit else "stop"
-    return {"id": id, "text": model.decode(one.tokens), "tokens": len(one.tokens), "finish": finish}
+        return {"id": line.id, "error": one.error}
+    said = {"text": model.decode(one.tokens)} if line.text else {"tokens": one.tokens.tolist()}
+    return {"id": line.id, **said, "finish": "length" if len(one.tokens) == limit else "stop"}
 
 
 # Prompts
@@ -137,11 +170,13 @@ def _lines(model: Model, path: Path, chat: bool) -> tuple[list[Line], str]:
             found.append(line)
     if not found:
         raise ValueError(f"batch: {path} has no lines. Give one for each prompt.")
-    texts = [i for i, line in enumerate(found) if isinstance(line.tokens, str)]
+    texts = [i for i, line in enumerate(found) if line.text]
+    if texts and model.tokenizer is None:
+        raise ValueError(f"batch: {path} has prompts of text, and the model has no tokenizer. Give tokens.")
     chat = chat and model.chat_template is not None
     for at in range(0, len(texts), 1000):
         some = texts[at : at + 1000]
-        said = [model.chat(found[i].tokens) if chat else found[i].tokens for i in some]
+        said = [model.chat(found[i].text) if chat else found[i].text for i in some]
         encoded = model.tokenizer.encode_batch(said, add_special_tokens=not chat)
         for i, one in zip(some, encoded, strict=True):
             found[i] = dataclasses.replace(found[i], tokens=tuple(one.ids))
@@ -149,7 +184,7 @@ def _lines(model: Model, path: Path, chat: bool) -> tuple[list[Line], str]:
 
 
 def _line(number: int, text: bytes) -> Line:
-    """One line; its prompt, if it is a text, still stands in `tokens`."""
+    """One line, not yet tokenised."""
     where = f"line {number + 1}"
     try:
         said = json.loads(text)
@@ -170,12 +205,12 @@ def _line(number: int, text: bytes) -> Line:
     if prompt is not None and not prompt.strip():
         return Line(name, error=f"{where}: the prompt is empty")
     if prompt is not None:
-        return Line(name, prompt, limit)
+        return Line(name, (), prompt, limit)
     if not isinstance(tokens, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in tokens):
         return Line(name, error=f"{where}: tokens must be a list of whole numbers")
     if any(not -(2**31) <= one < 2**31 for one in tokens):
         return Line(name, error=f"{where}: tokens do not fit 32 bits")
-    return Line(name, tuple(tokens), limit)
+    return Line(name, tuple(tokens), "", limit)
 
 
 # The journal
