@@ -85,11 +85,11 @@ def test_a_module_imports_only_from_its_own_layer_and_those_below(path):
 
 
 def test_importing_kvjax_takes_under_a_second_beyond_jax_and_loads_nothing_else():
-    program = (
+    program = (  # seconds of the processor: others may keep it busy
         "import sys, time, jax, jax.numpy\n"
-        "before, start = set(sys.modules), time.perf_counter()\n"
+        "before, start = set(sys.modules), time.process_time()\n"
         "import kvjax\n"
-        "took, new = time.perf_counter() - start, {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "took, new = time.process_time() - start, {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(took, *sorted(new - set(sys.stdlib_module_names)))\n"
     )
     took, *loaded = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=ROOT).split()
