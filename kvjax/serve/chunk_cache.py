@@ -382,6 +382,12 @@ class _Part:
     computed: int = 0
 
     @property
+    def slots(self) -> int:
+        """Slots of each head that are cached."""
+        pos = self.entry.about.get("pos")
+        return self.count if pos is None else pos.shape[-1]
+
+    @property
     def rows(self) -> np.ndarray:
         """Positions that are computed."""
         places = np.arange(self.count) if self.entry is None else self.again
@@ -470,7 +476,7 @@ class _Run:
 
     def _held_owner(self) -> np.ndarray:
         """The chunk of each cached slot, i32[N]; -1 for the system's."""
-        owners = [np.full(part.entry.stored[0][0].shape[-2], part.index - 1, np.int32) for part in self.cached]
+        owners = [np.full(part.slots, part.index - 1, np.int32) for part in self.cached]
         joined = np.concatenate(owners) if owners else np.zeros(0, np.int32)
         return _padded(joined, bucket(len(joined), steps=4), -1)
 
@@ -596,7 +602,8 @@ def _chunk_layer(
     slots = jnp.concatenate([pos, jnp.broadcast_to(positions[:, None], own_k.shape[:3])], axis=2)
     turned = config.rope.angles(jnp.maximum(slots, 0), config.head_dim)
     keys = rotate(jnp.concatenate([k, own_k], axis=2), *turned)
-    values = jnp.concatenate([v, own_v], axis=2)
+    # the value of a free slot may be anything, and 0 times nan is nan
+    values = jnp.concatenate([jnp.where((pos != FREE)[..., None], v, 0), own_v], axis=2)
     cos, sin = config.rope.angles(jnp.maximum(positions, 0), config.head_dim)
     q = rotate(q, cos[:, None], sin[:, None]) * config.head_dim**-0.5
     q = q.reshape(1, config.kv_heads, -1, *q.shape[2:]).astype(x.dtype)
