@@ -76,6 +76,15 @@ class _Torch:
     def step(self):
         self.model(self.token, past_key_values=self.past, use_cache=True)
 
+    def generate(self, prompts: np.ndarray, rows: int):
+        """`generate`, greedy, `new` tokens for each of prompts i64[n, T], so many rows at a time."""
+        for at in range(0, len(prompts), rows):
+            ids = self.torch.tensor(prompts[at : at + rows])
+            mask = self.torch.ones_like(ids)  # all are of one length: the best padding is none
+            self.model.generate(
+                ids, attention_mask=mask, max_new_tokens=self.new, min_new_tokens=self.new, do_sample=False
+            )
+
     def press(self, name):
         """Prefill under the press, then greedy tokens at their true positions."""
         cache = self.empty()

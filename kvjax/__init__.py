@@ -1,6 +1,6 @@
 """Small key-value caches for language models, in JAX, on TPU and GPU."""
 
-from kvjax import codecs, plans, policies
+from kvjax import codecs, plans, policies, serve
 from kvjax.attention import attend
 from kvjax.cache import Cache, LayerCache, nbytes
 from kvjax.decoding import Decoded, decode, empty_cache, prefill, step
@@ -30,6 +30,7 @@ __all__ = [
     "policies",
     "prefill",
     "report",
+    "serve",
     "spread_over",
     "step",
     "store",
