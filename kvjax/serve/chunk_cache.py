@@ -36,6 +36,7 @@ from kvjax.models import llama
 from kvjax.models.llama import Block, Config, Params
 from kvjax.models.rope import rotate
 from kvjax.policy import Policy, check_policy
+from kvjax.serve import paging
 from kvjax.serve.chunk_store import Store, namespace_of
 from kvjax.serve.entries import Damaged, Entry
 from kvjax.serve.fit import Fit, Focus, Scores, Statistics, Variant, choose, focused, largest, statistics
@@ -131,7 +132,9 @@ class ChunkCache:
       focus: Leave chunks alone that the question does not look at; None never does. It costs the statistics.
       policy: Compresses what is stored of a chunk; it chooses by the chunk alone. None stores all.
       domain: Who may share entries, such as a tenant: others never see them.
-      **tiers: See `Store`: device_bytes, host_bytes, disk_bytes, pages, int8.
+      pages: Makes what decides which entries leave a tier (`paging`), by bits from how often they were used. None
+        follows `mark_zero` while it is ahead of `lru`.
+      **tiers: See `Store`: device_bytes, host_bytes, disk_bytes, int8.
 
     Raises:
       ValueError: If a setting is out of range, or `policy` cannot choose by a chunk alone.
@@ -147,6 +150,7 @@ class ChunkCache:
         focus: Focus | None = None,
         policy: Policy | None = None,
         domain: str = "",
+        pages: Callable[[int], paging.Pages] | None = None,
         **tiers: Any,
     ):
         self.choice = by_context() if choice is None else choice
@@ -162,7 +166,8 @@ class ChunkCache:
                     f"ChunkCache: {self.choice.name} compares all values of a chunk with those stored, and "
                     f"{policy.name} stores only some. Take by_context, or no policy."
                 )
-        self._folder, self._tiers = folder, tiers
+        self._folder, self._tiers = folder, {"pages": _robust if pages is None else pages, **tiers}
+        self._reuse = paging.Reuse()
         self._params, self._store, self._stores = None, None, {}
         self._scores = Scores()
 
@@ -238,7 +243,7 @@ class ChunkCache:
             return part
         if i == 0:
             part.name = f"system/{prompt.hashes[0]}"
-            part.entry = store.get(part.name, late=True)
+            part.entry = store.get(part.name, late=True, prediction=self._reuse.bit(part.name))
             part.how, part.why = ("computed", "new") if part.entry is None else ("exact", "")
             part.cfo = float(part.entry is None)
             return part
@@ -260,7 +265,7 @@ class ChunkCache:
         if len(again) == part.count and self.choice.after is None:
             part.why, part.cfo = "no variant fits", fit.cfo
             return part
-        entry = store.get(variant.name, late=True)
+        entry = store.get(variant.name, late=True, prediction=self._reuse.bit(variant.name))
         if entry is None:
             part.why = "lost"
             return part
@@ -291,7 +296,7 @@ class ChunkCache:
             inter, cci, ext = run.statistics_of(part)
             about |= {"context": list(context), "before": run.prompt.before[part.index], "inter": inter, "cci": cci}
             about |= {"ext": ext, "exact": part.exact and self.policy is None}
-        if not store.put(part.name, layers, about) or not part.index:
+        if not store.put(part.name, layers, about, prediction=self._reuse.bit(part.name)) or not part.index:
             return
         self._scores.use(part.name)
         shelf = part.name.rpartition("/")[0]
@@ -301,6 +306,10 @@ class ChunkCache:
                 names.remove(worst)
                 store.remove(worst)
                 self._scores.forget(worst)
+
+
+def _robust(capacity: int) -> paging.Pages:
+    return paging.follow_the_leader([paging.mark_zero(capacity), paging.lru(capacity)])
 
 
 def _check_policy(policy: Policy) -> None:
