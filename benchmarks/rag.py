@@ -23,6 +23,8 @@ from kvjax.serve.chunk_cache import ChunkCache, by_context, by_deviation, nothin
 CHUNKS, TOKENS, NEW = 5, 256, 24
 CHOICES = (nothing(), by_context(0.5), by_context(0.75), by_context(1.0), by_context(share=0.3), by_deviation(0.15))
 
+STEP = jax.jit(kvjax.step, donate_argnames="cache")
+
 
 def passages(model, contexts: int, seed: int):
     """For each context: passages of exactly 256 tokens, and one question of each kind."""
@@ -48,7 +50,6 @@ def around(model, question: str):
 
 def answer(model, logits, cache, forced=None):
     """Tokens that follow, greedy or `forced`, and the log-probabilities of each step."""
-    step = jax.jit(kvjax.step, donate_argnames="cache")
     said, seen = [], []
     for i in range(NEW):
         seen.append(jax.nn.log_softmax(logits[0]))
@@ -58,7 +59,7 @@ def answer(model, logits, cache, forced=None):
         said.append(token)
         if forced is not None and i + 1 == len(forced):
             break
-        logits, cache = step(model.params, cache.policy, jnp.array([token]), cache)
+        logits, cache = STEP(model.params, cache.policy, jnp.array([token]), cache)
     return said, jnp.stack(seen[: max(1, len(said))])
 
 

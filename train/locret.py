@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import kvjax
 from kvjax import heads
 from kvjax.attention import attend_slots
 from kvjax.models import llama
@@ -39,6 +40,7 @@ class Settings(main.Settings):
     warm_up: int = 2000  # steps; then down to 0 at `steps`
     weight_decay: float = 0.01
     clip: float = 0.5  # of each number of a gradient
+    start: str = ""  # trained heads to begin with: a file, or the name of those that come with kvjax; of this width
 
 
 class Labels(NamedTuple):
@@ -161,6 +163,11 @@ def task(config: Config, settings: Settings) -> Task:
     per_batch = functools.partial(gradients, answer=settings.answer, smoothing=settings.smoothing)
 
     def init(key):
+        if settings.start:
+            begun = heads.load(settings.start, kvjax.load(settings.model, dtype=settings.dtype).params)["locret"]
+            if begun[0].settings() != {"width": settings.width}:
+                raise ValueError(f"start={settings.start!r} has heads of {begun[0].settings()}, not {settings.width=}.")
+            return backbone.stack([jax.tree.map(lambda x: x.astype(jnp.float32), head) for head in begun])
         return backbone.stack(heads.make(heads.RetainingHead, config, width=settings.width, rngs=nnx.Rngs(key)))
 
     rate = schedule(settings)

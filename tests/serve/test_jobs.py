@@ -184,3 +184,31 @@ def test_the_same_parts_run_as_a_ray_data_job(wanted, tmp_path):
     finally:
         ray.shutdown()
     assert read(tmp_path / "out.jsonl") == wanted
+
+
+@pytest.mark.real_model
+def test_the_command_that_is_killed_goes_on_where_it_was(tmp_path):
+    said = ["What is the capital of France?", "What is the capital of Italy?", "Say hello.", " "]
+    prompts = write(tmp_path / "in.jsonl", [{"id": text, "prompt": text} for text in said])
+    command = [
+        sys.executable,
+        "-c",
+        "from kvjax.cli import app; app()",
+        "batch",
+        str(prompts),
+        "-o",
+        str(tmp_path / "out.jsonl"),
+    ]
+    command += ["--max-new-tokens", "12", "--memory", "16", "--batch-tokens", "64"]
+    journal, first = tmp_path / "out.jsonl.partial", subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while first.poll() is None and (not journal.exists() or journal.read_bytes().count(b'"text"') < 1):
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = read(tmp_path / "out.jsonl")
+    assert [one["id"] for one in found] == said
+    assert "Paris" in found[0]["text"]
+    assert "Italy" in found[1]["text"]
+    assert "empty" in found[3]["error"]
