@@ -29,9 +29,12 @@ hypothesis.settings.load_profile("fixed")
 
 @pytest.fixture(autouse=True)
 def forget_programs_before_the_process_is_full():
-    """Every compiled program takes a dozen memory mappings, and Linux gives a process 65530: beyond, LLVM crashes."""
+    """Compiled programs take memory, and mappings of it: Linux gives a process 65530, and beyond them LLVM crashes."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if next(TESTS) % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
-        gc.collect()
+    held = pathlib.Path("/proc/self")
+    if next(TESTS) % 10 == 0 and held.exists():
+        pages = int((held / "statm").read_text().split()[1])
+        mappings = (held / "maps").read_bytes().count(b"\n")
+        if pages * os.sysconf("SC_PAGE_SIZE") > 4 * 2**30 or mappings > 20_000:
+            jax.clear_caches()
+            gc.collect()
