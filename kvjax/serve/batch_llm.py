@@ -427,12 +427,12 @@ def _layer(
     def chunks(start, lanes, cache, own, prefix):
         shape = lanes.row.size, lanes.tokens.shape[-1]
         vectors, turned = part(start, *shape)
-        held = _begun(_rows(cache, lanes.row.reshape(-1)), lanes.begins.reshape(-1), own, layer)
+        held = _begun(_rows(cache, lanes.row.reshape(-1), own), lanes.begins.reshape(-1), own, layer)
         out, held = attend(
             *vectors, held, own, positions=lanes.positions.reshape(shape), angles=turned, capacity=cache.capacity,
             prefix=prefix, **settings,
         )  # fmt: skip
-        return out.reshape(-1, *out.shape[2:]), _with_rows(cache, lanes.row.reshape(-1), held)
+        return out.reshape(-1, *out.shape[2:]), _with_rows(cache, lanes.row.reshape(-1), held, own)
 
     vectors, turned = part(0, decoding, 1)
     out, rows = attend(
@@ -440,7 +440,7 @@ def _layer(
     )
     outs = [out[:, 0]]
     if work.suffixes is not None:
-        shared = None if prefixes is None else _rows(prefixes, work.suffixes.part)
+        shared = None if prefixes is None else _rows(prefixes, work.suffixes.part, prefix_policy)
         out, rows = chunks(decoding, work.suffixes, rows, policy, shared)
         outs.append(out)
     if work.prefixes is not None:
@@ -453,46 +453,49 @@ def _layer(
 _layer_in_place = kernels.jit(_layer, static_argnames=("config",), donate_argnames=("prefixes", "rows"))
 
 
-def _of_rows(cache: LayerCache, leaf) -> bool:
-    """Whether a leaf of a layer has something of each row."""
-    return leaf.ndim > 0 and leaf.shape[0] == cache.pos.shape[0]
+def _of_rows(cache: LayerCache, policy: Policy) -> LayerCache:
+    """Of each leaf of a layer, whether it has something of each row."""
+    batch, heads = cache.pos.shape[:2]
+    head_dim = jax.eval_shape(policy.loaded, cache).v.shape[-1]
+
+    def shapes(rows):
+        return jax.eval_shape(lambda: policy.empty(LayerShape(rows, heads, cache.capacity, head_dim, cache.dtype, 0)))
+
+    return jax.tree.map(lambda one, more: one.shape != more.shape, shapes(batch), shapes(batch + 1))
 
 
-def _rows(cache: LayerCache, index: jax.Array) -> LayerCache:
+def _rows(cache: LayerCache, index: jax.Array, policy: Policy) -> LayerCache:
     """Some rows of a layer; an index beyond the last gives any of them."""
     index = jnp.minimum(index, cache.pos.shape[0] - 1)
-    return jax.tree.map(lambda leaf: leaf[index] if _of_rows(cache, leaf) else leaf, cache)
+    return jax.tree.map(lambda leaf, own: leaf[index] if own else leaf, cache, _of_rows(cache, policy))
 
 
-def _with_rows(cache: LayerCache, index: jax.Array, rows: LayerCache) -> LayerCache:
+def _with_rows(cache: LayerCache, index: jax.Array, rows: LayerCache, policy: Policy) -> LayerCache:
     """The layer with rows put in their places; those beyond the last are dropped."""
 
-    def put(old, new):
-        return old.at[index].set(new, mode="drop", unique_indices=False) if _of_rows(cache, old) else new
+    def put(old, new, own):
+        return old.at[index].set(new, mode="drop") if own else new
 
-    return jax.tree.map(put, cache, rows)
+    return jax.tree.map(put, cache, rows, _of_rows(cache, policy))
 
 
 def _begun(rows: LayerCache, begins: jax.Array, policy: Policy, layer) -> LayerCache:
     """The rows, where those that begin hold nothing."""
     batch, heads = rows.pos.shape[:2]
     head_dim = jax.eval_shape(policy.loaded, rows).v.shape[-1]
+    of_rows = _of_rows(rows, policy)
     fresh = policy.empty(LayerShape(batch, heads, rows.capacity, head_dim, rows.dtype, layer))
 
-    def anew(old, new):
-        if not _of_rows(rows, old):
-            return old
-        return jnp.where(begins.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+    def anew(old, new, own):
+        return jnp.where(begins.reshape(-1, *(1,) * (old.ndim - 1)), new, old) if own else old
 
-    def emptied(old, new):  # keys and values of free slots do not matter
-        lower = () if old.low == () else emptied(old.low, new.low)
-        small = jax.tree.map(
-            anew, (old.pos, old.stats, old.carry, old.fitted), (new.pos, new.stats, new.carry, new.fitted)
-        )
-        pos, stats, carry, fitted = small
+    def emptied(old, new, own):  # keys and values of free slots do not matter
+        lower = () if old.low == () else emptied(old.low, new.low, own.low)
+        small = ((x.pos, x.stats, x.carry, x.fitted) for x in (old, new, own))
+        pos, stats, carry, fitted = jax.tree.map(anew, *small)
         return dataclasses.replace(old, pos=pos, stats=stats, carry=carry, fitted=fitted, low=lower)
 
-    return emptied(rows, fresh)
+    return emptied(rows, fresh, of_rows)
 
 
 @functools.partial(jax.jit, static_argnames=())
@@ -572,6 +575,7 @@ class _Run:
     def _run(self, work: Work, who: np.ndarray) -> np.ndarray:
         config = self.params.config
         own, theirs = (policy.of_layers(config.layers) for policy in self.policies)
+        work = jax.device_put(work)  # once, and not for each layer
         x, angles = _embed(self.params, work)
         for i, block in enumerate(self.params.blocks):
             prefixes, rows = self.caches[i]
