@@ -5,6 +5,7 @@ from kvjax.serve.batch_llm import Finished, Progress, answers, batch
 from kvjax.serve.chunk_cache import Choice, ChunkCache, Prefilled, Used, by_context, by_deviation, nothing
 from kvjax.serve.chunk_store import Store, namespace_of
 from kvjax.serve.fit import Focus
+from kvjax.serve.page_pool import Lease, PagePool
 from kvjax.serve.prefix_plan import Group, Plan, bound, ordered, partition, plan
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "Finished",
     "Focus",
     "Group",
+    "Lease",
+    "PagePool",
     "Plan",
     "Prefilled",
     "Progress",
