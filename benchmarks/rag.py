@@ -74,9 +74,10 @@ def measure(contexts: int, seed: int) -> dict[str, dict]:
         rags = [ChunkCache(choice=choice) for choice in CHOICES]
         for rag in rags:
             rag.prefill(model.params, system, chunks, first)
-        order = np.random.default_rng([seed, number]).permutation(CHUNKS)
-        while (order[1:] == order[:-1] + 1).any():  # no two passages as they were
-            order = np.random.default_rng([seed, number, int(order[0])]).permutation(CHUNKS)
+        rng = np.random.default_rng([seed, number])
+        order = rng.permutation(CHUNKS)
+        while (np.diff(order) == 1).any():  # no two passages as they were
+            order = rng.permutation(CHUNKS)
         mixed = [chunks[i] for i in order]
         for n, question in enumerate(questions):
             _, asked = around(model, question.text)
