@@ -7,28 +7,38 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE, LayerCache, empty, resize, take, write
-from kvjax.codecs import by_channel, integer
+from kvjax.codecs import by_channel, integer, prune_channels
+from kvjax.counts import whole
 from kvjax.folds import at, put
 from kvjax.policy import Form, Policy, Seen, method
 
 
 @method
-def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
+def kivi(
+    bits: int = 2, *, group: int = 32, residual: int = 128, channels: int | None = None, window: int = 32
+) -> Policy:
     """Keeps every token, and all but the newest at a few bits: a step for `group` tokens of a key's channel.
 
-    Keys are rounded `residual` at a time, since a step needs its tokens together; values one at a time.
+    Keys are rounded `residual` at a time, since a step needs its tokens together; values one at a time. With
+    `channels`, rounded keys keep only so many, which the last queries of the prompt choose as in `think`.
 
     Bytes: L B H (n (D bits / 4 + 8 D / group + 4) + (2 residual + 1) D b) + 8 L B + 4 B.
+    Bytes of fewer channels: L B H (n ((D + channels) (bits / 8 + 4 / group) + 4) + (2 residual + 1) D b + 4 channels) +
+    8 L B + 4 B.
 
     Args:
       bits: 2, 3, 4 or 8, of keys and values. Its authors advise 4 where query heads share keys.
       group: Tokens, or channels of a value, that share a step; divides head_dim and `residual`.
       residual: Newest values that are whole; of the keys, those that do not fill up as many again.
+      channels: Channels of a rounded key that stay, below head_dim and a multiple of `group`; None keeps all.
+      window: Last queries of the prompt, which choose the channels; of its first chunk, where it is read in chunks.
 
-    Source: the paper's published code. Differs: a step is at least 2 ** -24 (the code divides by 0 where a group is
-    constant). Keys and values have the same bits, as in the paper's tables; bits for each are not offered. Nor is
-    ThinK's pruning of the rounded keys, as one of its published examples has it: a block's words are in a form of
-    kivi's own, which no other codec reads. The choice depends on nothing, so a cache serves any question.
+    Source: the paper's published code, and ThinK's, arXiv:2407.21018, for `channels`. Differs: a step is at least
+    2 ** -24 (the code divides by 0 where a group is constant). Keys and values have the same bits, as in the paper's
+    tables; bits for each are not offered. Channels are chosen by the keys that the prompt rounds, and where it rounds
+    none, by all of its keys; once for the query heads of a group; and `channels` must be a multiple of `group`, so that
+    each token has its own share of a block's words. The choice of what is rounded depends on nothing, so that a cache
+    serves any question; that of channels depends on the last queries.
     """
     codec = integer(bits, group=group)
     if group < 1 or residual < 1 or residual % group or residual * bits % 32:
@@ -36,9 +46,18 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
             f"kivi: residual={residual} must be a multiple of group={group}, and fill words of 32 bits at {bits} each."
         )
 
-    channels = by_channel(codec, residual)
+    window = whole("kivi", "window", window, least=1, mend="It counts queries.")
+    if channels is not None and (whole("kivi", "channels", channels) % group or channels * bits % 32 or channels < 1):
+        raise ValueError(
+            f"kivi: channels={channels} must be a multiple of group={group}, and fill words of 32 bits at {bits} each."
+        )
+
+    blocks = by_channel(codec, residual)
+    prune = None if channels is None else prune_channels(channels, window=window)
 
     def init(shape):
+        if prune is not None:
+            prune.check(shape.head_dim)
         if shape.head_dim % group or shape.head_dim * bits % 32:
             raise ValueError(
                 f"kivi: head_dim={shape.head_dim} must be a multiple of group={group}, and fill words of 32 bits at "
@@ -68,10 +87,40 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
             newest = ring[:, :, slot % ring.shape[2]]
             return jnp.where((slot < first[:, None])[:, None, :, None], old.astype(cache.dtype), newest)
 
-        k = mixed(channels.load(cache.k), cache.carry["k"], cache.carry["rounded_keys"])
+        k = mixed(loaded_keys(cache), cache.carry["k"], cache.carry["rounded_keys"])
         return dataclasses.replace(
             cache, k=k, v=mixed(codec.load(cache.v), cache.carry["v"], cache.carry["rounded_values"])
         )
+
+    def stored_keys(k, carry):
+        return blocks.store(k if prune is None else prune.project(k, carry["channels"]))
+
+    def loaded_keys(cache: LayerCache) -> jax.Array:
+        """Rounded keys, with 0 for a channel that is pruned: the products with it are those left out."""
+        k = blocks.load(cache.k)
+        if prune is None:
+            return k
+        same = cache.carry["channels"][:, :, None] == jnp.arange(cache.carry["k"].shape[-1])[:, None]
+        place = same.argmax(axis=-1)[:, :, None]  # of each of D channels, i32[B, H, 1, D]
+        return jnp.where(same.any(axis=-1)[:, :, None], jnp.take_along_axis(k, place, axis=-1), 0)
+
+    def choice(cache: LayerCache, before: LayerCache | None, seen: Seen | None, rounds: jax.Array) -> dict:
+        """Which channels rounded keys keep, in the carry; chosen in a row's first call, which rounds `rounds` keys."""
+        if prune is None:
+            return {}
+        if seen is None:
+            return {"channels": jnp.zeros((*cache.pos.shape[:2], channels), jnp.int32)}
+
+        def choose():
+            there = cache.pos != FREE
+            there &= (cache.pos < rounds[:, None, None]) | (rounds == 0)[:, None, None]
+            return prune.fit(cache.k, there, seen.q, seen.positions != FREE)
+
+        if before is None:
+            return {"channels": choose()}
+        begins, old = (seen.positions == 0).any(axis=1), before.carry["channels"]
+        new = jax.lax.cond(begins.any(), lambda: jnp.where(begins[:, None, None], choose(), old), lambda: old)
+        return {"channels": new}
 
     def rounded(cache: LayerCache) -> tuple[jax.Array, jax.Array]:
         firsts = cache.carry["rounded_keys"], cache.carry["rounded_values"]
@@ -83,6 +132,7 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
             "rounded_keys": tokens // residual * residual,
             "rounded_values": jnp.maximum(tokens - residual, 0),
         }
+        now_rounded |= choice(cache, before, seen, now_rounded["rounded_keys"])
         if before is not None and seen.positions.shape[1] == 1:
             return flushed(before, now_rounded, seen)
 
@@ -95,7 +145,7 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
             return jnp.where((jnp.arange(new.shape[2]) < first[:, None])[:, None, :, None], old, new)
 
         carry = {"k": ring(cache.k, residual), "v": ring(cache.v, residual + 1)} | now_rounded
-        k, v = channels.store(cache.k), codec.store(cache.v)
+        k, v = stored_keys(cache.k, carry), codec.store(cache.v)
         if before is not None:
             k = jax.tree.map(functools.partial(old_or_new, first=before.carry["rounded_keys"]), before.k, k)
             v = jax.tree.map(functools.partial(old_or_new, first=before.carry["rounded_values"]), before.v, v)
@@ -114,7 +164,7 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128) -> Policy:
         old, new = carry["rounded_keys"], now_rounded["rounded_keys"]
         k = jax.lax.cond(
             (new > old).any(),
-            lambda k: write_rows(k, channels.store(carry["k"]), old, new),
+            lambda k: write_rows(k, stored_keys(carry["k"], now_rounded), old, new),
             lambda k: k,
             cache.k,
         )

@@ -38,8 +38,8 @@ def think(
     Differs: a key that leaves the newest is pruned too, also while answering, beyond `answer`. The last queries choose,
     so a cache is not for another question; a prompt cannot be read in chunks. Channels are not pruned in pairs: only
     keys that are rotated anew, as none are here, would need both of a pair. Not offered: pruned values, which the paper
-    found to lose more, by a score that is not published; max pooling of votes, which belongs to the method given as
-    `tokens`, and `snapkv` averages; and `kivi` below, whose blocks of tokens in shared words hold all channels.
+    found to lose more, by a score that is not published; and max pooling of votes, which belongs to the method given as
+    `tokens`, and `snapkv` averages. Rounded keys with fewer channels are `kivi(channels=)`.
     """
     recent = whole("think", "recent", recent, least=1, mend="codecs.prune_channels alone prunes every key.")
     if tokens is None:
