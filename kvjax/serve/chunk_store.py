@@ -212,6 +212,8 @@ class Store:
         return dataclasses.replace(entry)  # whoever changes its `about` changes no one else's
 
     def _from_disk(self, key: str, row: Any, prediction: int | None, late: bool, reason: str) -> Entry | None:
+        again = key in self._once  # its second hit: it moves to host memory, checked
+        late = late and not again
         version = None if row is None else row.version
         try:
             entry = self._on_disk(lambda disk: disk.read(key, row))
@@ -230,10 +232,10 @@ class Store:
                 self._misses[reason] += 1
                 return None
             self._hits["disk"] += 1
-            if not late and key in self._once:  # its second hit
+            if again:
                 self._once.discard(key)
                 self._add_to_host(key, entry.stored, entry.text, entry.version, prediction)
-            elif not late:
+            else:
                 self._once.add(key)
         return entry
 

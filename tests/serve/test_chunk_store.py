@@ -874,3 +874,9 @@ def test_what_is_bound_to_must_be_said_in_texts():
         namespace_of({"a": "b"})
     with pytest.raises(ValueError, match="must be for JSON"):
         namespace_of({}, x=json)
+
+
+def test_an_entry_that_is_checked_layer_by_layer_moves_to_host_memory_at_its_second_hit(tmp_path):
+    with open_store(tmp_path) as store:
+        store.put("a", make(), {}, prediction=1)  # to disk alone
+        assert [store.get("a", late=True).tier for _ in range(3)] == ["disk", "disk", "host"]
