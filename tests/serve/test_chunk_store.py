@@ -877,6 +877,6 @@ def test_what_is_bound_to_must_be_said_in_texts():
 
 
 def test_an_entry_that_is_checked_layer_by_layer_moves_to_host_memory_at_its_second_hit(tmp_path):
-    with open_store(tmp_path) as store:
+    with open_store(tmp_path, host_bytes=2**20) as store:
         store.put("a", make(), {}, prediction=1)  # to disk alone
         assert [store.get("a", late=True).tier for _ in range(3)] == ["disk", "disk", "host"]
