@@ -290,8 +290,8 @@ def batch(
 
     with _errors():
         chosen = _policy(policy, settings, budget=budget, window=window, sinks=sinks)
-        name, _, slots = prefix_policy.partition(":")
-        of_prefixes = _policy(name, [f"budget={slots}"] if slots else None)
+        name, _, given = prefix_policy.partition(":")
+        of_prefixes = _policy(name, given.split(",") if given else None)
         loaded = _load(model, dtype)
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         latest = None
@@ -307,8 +307,8 @@ def batch(
 
             written = jobs.run(
                 loaded, prompts, out, chosen, prefix_policy=of_prefixes, max_new_tokens=max_new_tokens, chat=not raw,
-                memory=int(memory * 2**20), batch_tokens=batch_tokens, method=method, temperature=temperature,
-                top_k=top_k, top_p=top_p, key=seed, on_progress=show,
+                memory=int(min(memory, 2**40) * 2**20), batch_tokens=batch_tokens, method=method,
+                temperature=temperature, top_k=top_k, top_p=top_p, key=seed, on_progress=show,
             )  # fmt: skip
         if latest is not None:
             console.print(

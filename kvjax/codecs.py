@@ -108,7 +108,16 @@ def _integer(bits: int, group: int) -> Codec:
         codes = jnp.round(codes).clip(0, levels).astype(jnp.uint32)
         return Packed(pack(codes.reshape(*x.shape[:-2], -1), bits), step, low, bits, size)
 
-    return Codec(f"int{bits}", _nothing, _same, None, store, Packed.load, check, group)
+    return Codec(
+        f"int{bits}" if group == 32 else f"int{bits} (group={group or None})",
+        _nothing,
+        _same,
+        None,
+        store,
+        Packed.load,
+        check,
+        group,
+    )
 
 
 class ByChannel(NamedTuple):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE, LayerCache, free_losers, take_or_free
+from kvjax.counts import real
 from kvjax.policy import Seen
 from pallas_kernels import dispatch
 from pallas_kernels.fold_slots import fold_slots
@@ -30,6 +31,7 @@ def into_nearest(similar: float = 0.0) -> Callable:
 
     Key and value become means, in which a loser weighs exp(cosine - 1) and the kept token 1. All others are dropped.
     """
+    similar = real("into_nearest", "similar", similar, least=-1.0, most=1.0)
 
     def fate(cache, kept, seen, most):
         losers = gather_losers(cache, kept, most)
@@ -86,7 +88,7 @@ def nearest(cache: LayerCache, kept: jax.Array, losers: Losers) -> tuple[jax.Arr
         candidates, there = None, kept
         keys, pos = cache.k, cache.pos
     else:
-        candidates = first_slots(cache.pos, kept, slots - count)
+        candidates = first_slots(cache.pos, kept, slots - count or slots)  # where all may go, any number may stay
         there, keys, pos = at(kept, candidates), at(cache.k, candidates), at(cache.pos, candidates)
     size = _norm(keys)
 
@@ -148,7 +150,7 @@ def fold(
       cache: Of N slots.
       kept: bool[B, H, N], the slots that stay, targets among them.
       losers: All others that are occupied, as gathered from the cache; E a head.
-      target: i32[B, H, E], the slot that each loser joins, in its own row and head; it joins none beyond N.
+      target: i32[B, H, E], the slot that each loser joins, in its own row and head; it joins none below 0 or beyond N.
       weight: f32[B, H, E], how much of the loser is added; nothing happens where it is 0.
       total: f32[B, H, E], what it adds to the divisor of its target, which is 1 without losers.
       seen: What attention saw; the fold waits for its output.
@@ -157,7 +159,8 @@ def fold(
     Returns:
       The cache, of N slots; where a kernel folds a call of several tokens, of `bound` slots if that is less.
     """
-    joins = losers.real & (weight != 0)
+    joins = losers.real & (weight != 0) & (target >= 0)
+    target = jnp.maximum(target, 0)
     if dispatch.preferred() != "reference" and seen.positions.shape[1] > 1:
         slots = cache.slots if bound is None else min(bound, cache.slots)
         return _folded_into_fewer(cache, kept, losers.slot, joins, target, weight, total, slots)

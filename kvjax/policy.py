@@ -423,22 +423,32 @@ def evict(
         raise ValueError(f"evict: scorer={scorer!r} is no Scorer; kvjax.scorers makes some, such as attention_mass().")
     if budget is not None:
         budget = whole("evict", "budget", budget, least=1, mend="None keeps every token.")
+    for name, given in (("select", select), ("fate", fate)):
+        if given is not None and not callable(given):
+            raise ValueError(
+                f"evict: {name}={given!r} must be a function, such as those of kvjax.{name}s or kvjax.folds."
+            )
+    if budget is None and limit is None and (fate is not None or select is not selects.top_k):
+        raise ValueError(
+            "evict: without a budget or a limit nothing leaves, and select and fate have no use. Give one."
+        )
+    every_call = select is not selects.top_k  # others may free slots within the budget, and more than have come
 
     def init(shape):
         return empty(shape, scorer.stats, scorer.carry(shape))
 
     def choose(cache, seen, capacity):
         # What was there before this call is within the budget, and so no more than its own tokens have to go.
-        most = min(cache.slots - (budget or 0), seen.positions.shape[1])
+        most = max(0, min(cache.slots - (budget or 0), seen.positions.shape[1]))
         if limit is not None:
             kept = selects.first(scorer.score(cache, seen), cache.pos, limit(seen)[:, None, None])
-        elif budget is not None and cache.slots > budget:
+        elif budget is not None and (cache.slots > budget or every_call):
             kept = select(scorer.score(cache, seen), cache.pos, budget, most)
         else:
             return resize(cache, capacity)
         if fate is None:
             return resize(free_losers(cache, kept), capacity)
-        return resize(fate(cache, kept, seen, most), capacity)
+        return resize(fate(cache, kept, seen, cache.slots if every_call else most), capacity)
 
     def update(cache, seen, capacity):
         return choose(dataclasses.replace(cache, stats=scorer.observe(cache, seen)), seen, capacity)
@@ -471,6 +481,15 @@ def store(policy: Policy, *, keys: Codec | None = None, values: Codec | None = N
         raise ValueError(
             f"store: {policy.name} has a lower tier, which takes keys of full width; give {keys.name} to that one."
         )
+    for kind, given, below in (
+        ("keys", keys, policy.low and policy.low.keys),
+        ("values", values, policy.low and policy.low.values),
+    ):
+        if policy.low is not None and given is not None and below is None:
+            raise ValueError(
+                f"store: {policy.name} has a lower tier, whose {kind} would stay as they are. Store those of "
+                f"{policy.low.name}, which it was made with, or take kivi(channels=)."
+            )
     if policy.form is not None:
         raise ValueError(f"store: {policy.name} has a form of its own, which no codec can read.")
     if keys is None and values is None:

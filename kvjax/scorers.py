@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE, LayerCache
+from kvjax.counts import whole
 from kvjax.policy import Mass, Scorer
 
 
@@ -70,7 +71,11 @@ def given(name: str) -> Scorer:
 
 
 def protect(scorer: Scorer, *, sinks: int = 0, window: int = 0) -> Scorer:
-    """Another scorer, under which the first `sinks` positions and the newest `window` tokens always stay."""
+    """Another scorer, under which the first `sinks` positions and the newest `window` tokens always stay.
+
+    Together they must fit the budget of the policy, which does not ask.
+    """
+    sinks, window = whole("protect", "sinks", sinks, least=0), whole("protect", "window", window, least=0)
 
     def score(cache, seen):
         newest = cache.pos > (seen.now - window)[:, None, None]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import FREE
+from kvjax.counts import real
 from pallas_kernels import dispatch
 from pallas_kernels.topk_slots import topk_slots
 
@@ -36,6 +37,7 @@ def above(threshold: float) -> Callable:
 
     What is protected has the score +inf, and stays. Bytes are those of the budget; `kvjax.report` says what is used.
     """
+    threshold = real("above", "threshold", threshold)
 
     def select(score, pos, budget, most=None):
         return top_k(score, pos, budget, most) & (score > threshold)

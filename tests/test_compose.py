@@ -58,7 +58,7 @@ def run(policy, calls=((9, 7), (1, 1), (3, 2), (1, 0))):
 
 
 COMBINATIONS = list(itertools.product(SCORERS, SELECTS, FATES, CODECS))[::3]  # every pair of pieces is among them
-TIERS = list(itertools.product(SCORERS, LOWS))[::2]
+TIERS = list(itertools.product(SCORERS, LOWS))[::3]
 
 
 @pytest.mark.parametrize("scorer, select, fate, codec", COMBINATIONS, ids=map(" x ".join, COMBINATIONS))
@@ -123,3 +123,42 @@ def test_what_cannot_be_joined_is_refused_with_the_reason():
         evict(scorers.recency(), budget=2.5)
     with pytest.raises(ValueError, match="scorer='mass' is no Scorer"):
         evict("mass", budget=2)
+
+
+def test_a_threshold_that_drops_many_at_once_loses_none_that_are_to_be_demoted():
+    low = store(policies.full(), keys=codecs.integer(8, group=8))
+    *_, cache = run(demote(policies.tova(6).scorer, low, budget=6, select=selects.above(0.15)))
+    for row, count in ((0, 14), (1, 10)):
+        upper, lower = (set(np.asarray(tier.pos)[row, 0].tolist()) - {-1} for tier in cache.tiers)
+        assert upper | lower == set(range(count))
+        assert not upper & lower
+
+
+def test_a_threshold_does_not_ask_how_wide_a_call_is():
+    policy = evict(policies.tova(6).scorer, budget=6, select=selects.above(0.3))
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 9, heads, DIM), dtype=np.float32) for heads in (4, HEADS, HEADS))
+    at = np.where(np.arange(9) < 4, np.arange(9), -1)[None]
+    caches = [
+        kvjax.attend(q[:, :n], k[:, :n], v[:, :n], None, policy, positions=jnp.asarray(at[:, :n]), rope=ROPE)[1]
+        for n in (4, 9)
+    ]
+    kept = [kept_positions(cache, 0) for cache in caches]
+    assert kept[0] == kept[1]
+    assert any(len(own) < 4 for own in kept[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: demote(policies.tova(6).scorer, policies.full()),
+        lambda: evict(policies.tova(6).scorer, budget=None, select=selects.above(0.5)),
+        lambda: evict(policies.tova(6).scorer, budget=4, select="top_k"),
+        lambda: evict(policies.tova(6).scorer, budget=4, fate="drop"),
+        lambda: selects.above(float("nan")),
+        lambda: store(policies.think(4, recent=4), values=codecs.integer(4, group=8)),
+    ],
+)
+def test_what_would_do_nothing_or_something_else_is_refused(make):
+    with pytest.raises(ValueError):
+        make()

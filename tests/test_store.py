@@ -109,7 +109,8 @@ def test_every_method_keeps_the_same_prompt_in_other_forms(name, form):
         with pytest.raises(ValueError, match="which cannot be turned"):
             store(policy, **form)
         return
-    if policy.form is not None or (policy.low is not None and form["keys"].narrows):
+    below = () if policy.low is None else (policy.low.keys, policy.low.values)
+    if policy.form is not None or None in below or (below and form["keys"].narrows):
         with pytest.raises(ValueError, match="has a form of its own|has a lower tier"):
             store(policy, **form)
         return

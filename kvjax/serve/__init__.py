@@ -1,6 +1,6 @@
 """Reuse of caches: shared prefixes in offline batches, passages of retrieval, and which cached pages stay."""
 
-from kvjax.serve import paging
+from kvjax.serve import jobs, paging
 from kvjax.serve.batch_llm import Finished, Progress, answers, batch
 from kvjax.serve.chunk_cache import Choice, ChunkCache, Prefilled, Used, by_context, by_deviation, nothing
 from kvjax.serve.chunk_store import Store, namespace_of
@@ -26,6 +26,7 @@ __all__ = [
     "bound",
     "by_context",
     "by_deviation",
+    "jobs",
     "namespace_of",
     "nothing",
     "ordered",

@@ -16,10 +16,10 @@ policy; the heterogeneous kernel is two calls of `kvjax.attend`.
 """
 
 import dataclasses
-import functools
+import operator
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from kvjax.serve.shapes import bucket
 
 LONGEST_CHUNK = 256  # tokens of a suffix that one iteration reads
 MOST_EACH = 32  # rows of a block
+MOST_SORTS = 4  # sizes of blocks in a run, if memory allows; each takes up to four programs
 
 
 class Finished(NamedTuple):
@@ -62,7 +63,9 @@ class Progress:
 
     Attributes:
       prompts: Those in all, and `done`, those finished or refused.
-      logical: Tokens of all prompts, `shared`, those of them that were not computed again, and `read`, those computed.
+      logical: Tokens of all prompts.
+      shared: Those of them that need not be computed again, in the groups that have begun.
+      read: Those that were computed.
       generated: Tokens of answers.
       cache_bytes: Of the buffers in use now; `most_bytes`, of the largest.
       programs: Shapes that a layer was compiled for.
@@ -82,11 +85,13 @@ class Progress:
 
 
 def batch(params: Params, prompts: Sequence[Sequence[int]], policy: Policy | None = None, **settings) -> list[Finished]:
-    """Answers many prompts, in their order. Takes what `answers` takes.
+    """Answers many prompts, in their order. Takes what `answers` takes, but for `part` and `done`.
 
     Returns:
       A `Finished` for each prompt.
     """
+    if partial := sorted(settings.keys() & {"part", "done"}):
+        raise ValueError(f"batch: {' and '.join(partial)} would leave prompts out; kvjax.serve.answers takes them.")
     done = sorted(answers(params, prompts, policy, **settings), key=lambda one: one.index)
     assert [one.index for one in done] == list(range(len(prompts)))
     return done
@@ -113,7 +118,7 @@ def answers(
 ) -> Iterator[Finished]:
     """Answers many prompts, each as soon as it is done.
 
-    A prompt that cannot be answered (empty, too long for the model or for `memory`) is refused by itself.
+    A prompt that cannot be answered (no token ids, too long for the model or for `memory`) is refused by itself.
 
     Args:
       params: The model.
@@ -131,7 +136,8 @@ def answers(
       top_p: See there.
       key: A seed, a key, or one for each prompt: what is drawn for a prompt does not depend on the others.
       part: (p, n) answers the p-th of n parts of the prompts only, for n machines that each have all prompts. Groups
-        stay together, so that a prefix lives on one of them; all find the same parts.
+        stay together, so that a prefix lives on one of them, unless one has more than 1.25 times its share of the
+        tokens; all find the same parts.
       done: Prompts that were answered before, and are left out. The parts are those of all prompts.
       on_progress: Called after every iteration.
 
@@ -141,17 +147,22 @@ def answers(
     check_params(params)
     policy = policies.full() if policy is None else policy
     prefix_policy = policies.full() if prefix_policy is None else prefix_policy
-    prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__len__"):
+        raise ValueError(f"batch: prompts is a {type(prompts).__name__}, and must be a list of lists of token ids.")
+    prompts = [_ids(prompt) for prompt in prompts]
     outputs = _outputs(max_new_tokens, len(prompts))
-    memory = whole("batch", "memory", min(memory, 2**31 - 1) if isinstance(memory, int) else memory, least=1)
+    memory = _bytes(memory)
     batch_tokens = whole("batch", "batch_tokens", batch_tokens, least=16)
     draw, stop = make_draw(temperature, top_k, top_p), set(np.asarray(check_stop(params.config, stop)).tolist())
     keys = row_keys(key, len(prompts))
+    if not (isinstance(part, tuple) and len(part) == 2):
+        raise ValueError(f"batch: part={part!r} must be (p, n) with p in 0..n-1.")
     mine, parts = (whole("batch", "part", number, least=0) for number in part)
     if not mine < parts:
         raise ValueError(f"batch: part={part} must be (p, n) with p in 0..n-1.")
     shapes = _Shapes(params, policy, prefix_policy, memory, batch_tokens)
     refused = {i: why for i, prompt in enumerate(prompts) if (why := shapes.refusal(prompt, int(outputs[i])))}
+    prompts = [np.zeros(0, np.int32) if i in refused else prompt for i, prompt in enumerate(prompts)]
     kept = [i for i in range(len(prompts)) if i not in refused]
     groups = _groups(kept, prompts, outputs, method, mine, parts) if kept else []
     check_shareable(policy, prefix_policy, any(group.prefix_length for group in groups))
@@ -166,12 +177,13 @@ def _answers(shapes, groups, refused, prompts, outputs, stop, draw, keys, on_pro
     for i, why in refused.items():
         yield Finished(i, np.zeros(0, np.int32), why)
     logical = sum(len(prompts[i]) for group in groups for i in group.members)
-    shared = sum(group.prefix_length * (len(group.members) - 1) for group in groups)
     count = len(refused) + sum(len(group.members) for group in groups)
-    progress = Progress(count, logical, shared, done=len(refused))
+    progress = Progress(count, logical, 0, done=len(refused))
     began, seen = time.perf_counter(), set()
     for blocks, some in shapes.classes(groups, prompts, outputs):
+        run = None  # and its caches, before there are others
         run = _Run(shapes, blocks, some, prompts, outputs, stop, draw, keys)
+        progress.shared += sum(group.prefix_length * (len(group.members) - 1) for group in some)
         progress.cache_bytes = run.nbytes
         progress.most_bytes = max(progress.most_bytes, run.nbytes)
         for read, generated, finished in run:
@@ -233,6 +245,27 @@ def _unfit(policy: Policy, shares: bool, prefix: bool) -> str | None:
     return None
 
 
+def _ids(prompt) -> np.ndarray | str:
+    """Token ids i64[T] of a prompt, or why they are none."""
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:
+        ids = np.asarray(None)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        return f"a prompt must be a list of token ids, and is {prompt!r:.60}"
+    return ids.astype(np.int64)
+
+
+def _bytes(memory) -> int:
+    try:
+        count = operator.index(memory)
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(memory, bool):
+        raise ValueError(f"batch: memory={memory!r} must be a whole number of bytes, at least 1.")
+    return count
+
+
 def _outputs(given, count: int) -> np.ndarray:
     each = [given] * count if np.ndim(given) == 0 else list(given)
     if len(each) != count:
@@ -267,14 +300,27 @@ class Blocks(NamedTuple):
     prefix_lanes: tuple[int, int]
 
 
+def _coarser(count: int, coarse: int) -> int:
+    """The next size: of two between powers of two, of powers of 2, 4, 16 or 256."""
+    size = bucket(count)
+    if not coarse or not size:
+        return size
+    octaves = 1 << (coarse - 1)
+    return 1 << -(-(size - 1).bit_length() // octaves) * octaves
+
+
 class _Shapes:
     """Sizes of caches, and which groups run together."""
 
     def __init__(self, params, policy, prefix_policy, memory, batch_tokens):
         self.params, self.policy, self.prefix_policy = params, policy, prefix_policy
         self.memory, self.batch_tokens = memory, batch_tokens
+        self._nbytes: dict[tuple[int, ...], int] = {}
 
-    def refusal(self, prompt: np.ndarray, output: int) -> str | None:
+    def refusal(self, prompt: np.ndarray | str, output: int) -> str | None:
+        """Why a prompt cannot be answered, or None."""
+        if isinstance(prompt, str):
+            return prompt
         config, length = self.params.config, len(prompt)
         if length == 0:
             return "the prompt is empty"
@@ -288,21 +334,16 @@ class _Shapes:
 
     def nbytes(self, prefix: int, suffix: int, output: int, each: int) -> int:
         """Bytes of a block."""
-
-        @functools.partial(jax.eval_shape)
-        def block():
-            return pools(self.params, self.policy, self.prefix_policy, Blocks(1, each, prefix, suffix, output, (), ()))
-
-        return nbytes(block)
+        kind = prefix, suffix, output, each
+        if kind not in self._nbytes:
+            block = Blocks(1, each, prefix, suffix, output, (), ())
+            made = jax.eval_shape(lambda: pools(self.params, self.policy, self.prefix_policy, block))
+            self._nbytes[kind] = nbytes(made)
+        return self._nbytes[kind]
 
     def classes(self, groups, prompts, outputs) -> Iterator[tuple[Blocks, list[Group]]]:
         """Groups of one size at a time, in the order of their first ones; those without a prefix are packed."""
-        sorts: dict[tuple[int, int, int], list[Group]] = {}
-        for group in groups:
-            suffix = max(len(prompts[i]) for i in group.members) - group.prefix_length
-            kind = bucket(group.prefix_length), bucket(suffix), bucket(max(outputs[i] for i in group.members))
-            sorts.setdefault(kind, []).append(group)
-        for (prefix, suffix, output), own in sorts.items():
+        for (prefix, suffix, output), own in self._sorts(groups, prompts, outputs).items():
             members = [len(group.members) for group in own]
             if not prefix:  # singletons: a block of rows that share nothing
                 each = max(1, min(MOST_EACH, self.memory // self.nbytes(0, suffix, output, 1), sum(members)))
@@ -319,6 +360,28 @@ class _Shapes:
             count = max(1, min(len(own), self.memory // bytes_of_block, self.batch_tokens // each))
             longest = max(len(prompts[i]) - group.prefix_length for group in own for i in group.members)
             yield self.blocks(count, each, prefix, suffix, output, longest), own
+
+    def _sorts(self, groups, prompts, outputs) -> dict[tuple[int, int, int], list[Group]]:
+        """Groups by the sizes that they are rounded up to: as coarse as it takes for few sorts, if they fit so."""
+        sizes = [
+            (
+                group.prefix_length,
+                max(len(prompts[i]) for i in group.members) - group.prefix_length,
+                max(outputs[i] for i in group.members),
+            )
+            for group in groups
+        ]
+        found = None
+        for coarse in range(5):
+            sorts: dict[tuple[int, int, int], list[Group]] = {}
+            for group, own in zip(groups, sizes, strict=True):
+                sorts.setdefault(tuple(_coarser(count, coarse) for count in own), []).append(group)
+            if found is not None and any(self.nbytes(*kind, 1) > self.memory for kind in sorts):
+                break
+            found = sorts
+            if len(sorts) <= MOST_SORTS:
+                break
+        return found
 
     def blocks(self, count, each, prefix, suffix, output, longest) -> Blocks:
         half = self.batch_tokens // 2
@@ -379,25 +442,25 @@ class Work(NamedTuple):
     suffixes: Lanes | None
     prefixes: Lanes | None
 
-    def flat(self, of: Callable[[Any], jax.Array]) -> jax.Array:
-        """Something of all tokens, i32[1, N]: those that decode, of suffixes, of prefixes."""
-        lanes = [of(own).reshape(-1) for own in (self.suffixes, self.prefixes) if own is not None]
-        return jnp.concatenate([self.token if of is _tokens else self.position, *lanes])[None]
+    @property
+    def tokens(self) -> jax.Array:
+        """All tokens i32[1, N]: those that decode, of suffixes, of prefixes."""
+        return self._joined(self.token, "tokens")
 
+    @property
+    def positions(self) -> jax.Array:
+        """Their positions i32[1, N]."""
+        return self._joined(self.position, "positions")
 
-def _tokens(lanes):
-    return lanes.tokens
-
-
-def _positions(lanes):
-    return lanes.positions
+    def _joined(self, first: jax.Array, name: str) -> jax.Array:
+        lanes = [getattr(own, name).reshape(-1) for own in (self.suffixes, self.prefixes) if own is not None]
+        return jnp.concatenate([first, *lanes])[None]
 
 
 @jax.jit
 def _embed(params: Params, work: Work):
-    positions = work.flat(_positions)
-    tokens = jnp.maximum(work.flat(_tokens), 0)
-    return llama.embed(params, tokens), params.config.rope.angles(positions, params.config.head_dim)
+    angles = params.config.rope.angles(work.positions, params.config.head_dim)
+    return llama.embed(params, jnp.maximum(work.tokens, 0)), angles
 
 
 def _layer(
@@ -413,7 +476,7 @@ def _layer(
     config: Config,
 ):
     """One layer of an iteration: x [1, N, width], and the layer's caches."""
-    made = llama.project(block, x, config, work.flat(_positions))
+    made = llama.project(block, x, config, work.positions)
     decoding = work.token.shape[0]
     settings = {"rope": config.rope, "sliding_window": config.sliding_window, "layer": layer}
 
@@ -480,7 +543,7 @@ def _with_rows(cache: LayerCache, index: jax.Array, rows: LayerCache, policy: Po
 
 
 def _begun(rows: LayerCache, begins: jax.Array, policy: Policy, layer) -> LayerCache:
-    """The rows, where those that begin hold nothing."""
+    """The rows, where those that begin are empty."""
     batch, heads = rows.pos.shape[:2]
     head_dim = jax.eval_shape(policy.loaded, rows).v.shape[-1]
     of_rows = _of_rows(rows, policy)
@@ -489,16 +552,10 @@ def _begun(rows: LayerCache, begins: jax.Array, policy: Policy, layer) -> LayerC
     def anew(old, new, own):
         return jnp.where(begins.reshape(-1, *(1,) * (old.ndim - 1)), new, old) if own else old
 
-    def emptied(old, new, own):  # keys and values of free slots do not matter
-        lower = () if old.low == () else emptied(old.low, new.low, own.low)
-        small = ((x.pos, x.stats, x.carry, x.fitted) for x in (old, new, own))
-        pos, stats, carry, fitted = jax.tree.map(anew, *small)
-        return dataclasses.replace(old, pos=pos, stats=stats, carry=carry, fitted=fitted, low=lower)
-
-    return emptied(rows, fresh, of_rows)
+    return jax.tree.map(anew, rows, fresh, of_rows)  # values, too: a nan in a free slot would spread
 
 
-@functools.partial(jax.jit, static_argnames=())
+@jax.jit
 def _sample(params: Params, x: jax.Array, work: Work, keys: jax.Array, who: jax.Array, draw):
     """The next token of each row that decodes, and of each lane of suffixes: i32[B + A E]."""
     ends, positions = jnp.arange(work.token.shape[0]), work.position
@@ -530,7 +587,7 @@ class _Run:
             [suffixes.get(i, 1) for i in range(len(prompts))],
             outputs,
             batch_tokens=shapes.batch_tokens,
-            memory=2**31 - 1,  # blocks bound it
+            memory=2**31 - 1,  # blocks bound it, and are as many as fit
             max_resident_groups=blocks.count,
             rows_per_group=blocks.each,
             suffix_lanes=blocks.suffix_lanes,

@@ -91,10 +91,11 @@ class Used(NamedTuple):
     """What became of one part of a prompt.
 
     Attributes:
-      how: "exact", "fixed", "computed", or "repeated", for a chunk that comes again and is computed.
+      how: "exact", as if it had been computed; "fixed", cached elsewhere, and some of it computed again; "computed"; or
+        "repeated", for a chunk that comes again and is computed.
       tokens: How many it has.
       computed: How many of them were computed, in the first layer.
-      cfo: Of the variant used; 1 where there was none.
+      cfo: Of the variant that fits best; 1 where there is none.
       why: Of what was computed, why.
     """
 
@@ -136,8 +137,11 @@ class ChunkCache:
         follows `mark_zero` while it is ahead of `lru`.
       **tiers: See `Store`: device_bytes, host_bytes, disk_bytes, int8.
 
+    Use it from one thread. With int8 nothing counts as exact.
+
     Raises:
-      ValueError: If a setting is out of range, or `policy` cannot choose by a chunk alone.
+      ValueError: If a setting is out of range, or `policy` cannot choose by a chunk alone; what `Store` refuses, at the
+        first prefill.
     """
 
     def __init__(
@@ -158,6 +162,10 @@ class ChunkCache:
             raise ValueError(f"ChunkCache: choice={choice!r} must be a Choice, such as by_context() makes.")
         self.variants = whole("ChunkCache", "variants", variants, least=1)
         self.capacity = whole("ChunkCache", "capacity", capacity, least=1)
+        if focus is not None and not isinstance(focus, Focus):
+            raise ValueError(f"ChunkCache: focus={focus!r} must be a Focus, or None.")
+        if not isinstance(domain, str):
+            raise ValueError(f"ChunkCache: domain={domain!r} must be a text.")
         self.focus, self.policy, self.domain = focus, policy, domain
         if policy is not None:
             _check_policy(policy)
@@ -167,7 +175,7 @@ class ChunkCache:
                     f"{policy.name} stores only some. Take by_context, or no policy."
                 )
         self._folder, self._tiers = folder, {"pages": _robust if pages is None else pages, **tiers}
-        self._reuse = paging.Reuse()
+        self._reuse, self._rounds = paging.Reuse(), bool(tiers.get("int8"))
         self._params, self._store, self._stores = None, None, {}
         self._scores = Scores()
 
@@ -196,12 +204,12 @@ class ChunkCache:
         store = self._store_of(params)
         room = whole("ChunkCache.prefill", "room", room, least=0)
         prompt = _Prompt(params.config, system, chunks, question, room)
-        for _ in range(len(prompt.parts) + 1):
+        for _ in range(self.variants * len(prompt.parts)):
             try:
                 return self._prefill(params, store, prompt, room)
             except Damaged:  # that entry is gone now
                 continue
-        raise OSError("ChunkCache: entries are damaged faster than they can be read. Is the disk failing?")
+        return self._prefill(params, store, prompt, room, look_up=False)  # from a disk that cannot be mended
 
     def close(self) -> None:
         """Closes the stores."""
@@ -217,12 +225,17 @@ class ChunkCache:
         if params is not self._params:
             space = namespace_of(params, policy=self.policy, domain=self.domain, reused="chunks")
             if space not in self._stores:
-                self._stores[space] = Store(self._folder, namespace=space, **self._tiers)
+                self._stores[space] = Store(self._folder, namespace=space, left=self._reuse.left, **self._tiers)
             self._params, self._store = params, self._stores[space]
         return self._store
 
-    def _prefill(self, params: Params, store: Store, prompt: "_Prompt", room: int) -> Prefilled:
-        parts = [self._look_up(store, prompt, i) for i in range(len(prompt.parts))]
+    def _prefill(
+        self, params: Params, store: Store, prompt: "_Prompt", room: int, *, look_up: bool = True
+    ) -> Prefilled:
+        if look_up:
+            parts = [self._look_up(store, prompt, i) for i in range(len(prompt.parts))]
+        else:
+            parts = [_Part(i, len(tokens), prompt.starts[i]) for i, tokens in enumerate(prompt.parts)]
         seen, exact = prompt.contexts, True
         for part in parts:
             exact &= part.how in ("computed", "exact")
@@ -244,7 +257,7 @@ class ChunkCache:
         if i == 0:
             part.name = f"system/{prompt.hashes[0]}"
             part.entry = store.get(part.name, late=True, prediction=self._reuse.bit(part.name))
-            part.how, part.why = ("computed", "new") if part.entry is None else ("exact", "")
+            part.how, part.why = ("computed", "new") if part.entry is None else (self._as_good("exact"), "")
             part.cfo = float(part.entry is None)
             return part
         if prompt.hashes[i] in prompt.contexts[i]:
@@ -271,8 +284,12 @@ class ChunkCache:
             return part
         self._scores.use(variant.name, fit.cfo)
         part.entry, part.again, part.cfo, part.name = entry, again, fit.cfo, None
-        part.how = "exact" if fit.exact else "fixed"
+        part.how = self._as_good("exact" if fit.exact else "fixed")
         return part
+
+    def _as_good(self, how: str) -> str:
+        """What is stored in 8 bits is not what was computed."""
+        return "fixed" if self._rounds else how
 
     def _variant(self, name: str, about: dict | None) -> Variant | None:
         if about is None:
@@ -288,7 +305,7 @@ class ChunkCache:
         about: dict[str, Any] = {"tokens": run.prompt.parts[part.index]}
         layers = run.made_of(part)
         if not part.index or self.policy is None:
-            layers = [(np.asarray(k).swapaxes(0, 1), np.asarray(v).swapaxes(0, 1)) for _, k, v in layers]
+            layers = [(k.swapaxes(0, 1), v.swapaxes(0, 1)) for _, k, v in layers]
         else:
             kept = [_compressed(*made, self.policy, params.config, i) for i, made in enumerate(layers)]
             layers, about["pos"] = [(k, v) for k, v, _ in kept], np.stack([pos for *_, pos in kept])
@@ -300,8 +317,9 @@ class ChunkCache:
             return
         self._scores.use(part.name)
         shelf = part.name.rpartition("/")[0]
-        for names, most in ((store.keys(f"{shelf}/"), self.variants), (store.keys("chunk/"), self.capacity)):
-            while len(names) > most:
+        for where, most in ((f"{shelf}/", self.variants), ("chunk/", self.capacity)):
+            names = [name for name in store.keys(where) if name != part.name]  # which has had no chance yet
+            while len(names) >= most:
                 worst = self._scores.worst(names)
                 names.remove(worst)
                 store.remove(worst)

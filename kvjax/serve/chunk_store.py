@@ -104,6 +104,7 @@ class Store:
         pages: Callable[[int], paging.Pages] | None = None,
         int8: bool = False,
         token_axis: int = -2,
+        left: Callable[[list[str]], None] | None = None,
     ):
         """Opens a store, and cleans up what dead processes left behind.
 
@@ -119,6 +120,7 @@ class Store:
             at most (largest - smallest) / 510 of those that share its step, beside what its dtype rounds. The device
             keeps what it was given.
           token_axis: Of keys; channels are the last axis. Matters to int8 alone.
+          left: Called with the keys that have left a tier in memory, such as `paging.Reuse.left`.
         """
         if not isinstance(namespace, str) or not namespace:
             raise ValueError(f"Store: namespace={namespace!r} must be a text, such as namespace_of(params) returns.")
@@ -130,6 +132,7 @@ class Store:
             raise ValueError("Store: no tier can hold anything. Give a folder, host_bytes or device_bytes.")
         self._int8, self._token_axis = flag("Store", "int8", int8), whole("Store", "token_axis", token_axis)
         pages = paging.lru if pages is None else pages
+        self._left = left
         self._device = _Memory("device", device_bytes, pages, self._from_device) if device_bytes else None
         self._host = _Memory("host", host_bytes, pages, self._from_host) if host_bytes else None
         self._lock = threading.RLock()  # of the tiers in memory and the counts
@@ -285,6 +288,8 @@ class Store:
             self._write(key, stored, entry.text, prediction)
 
     def _from_host(self, key: str, entry: Entry, prediction: int | None) -> None:
+        if self._left is not None:
+            self._left([key])
         if self._on_disk(lambda disk: disk.row(key)) is None:
             self._write(key, entry.stored, entry.text, prediction)
 
@@ -427,6 +432,11 @@ def namespace_of(params: Any, tokenizer: Any = None, policy: Any = None, **more:
     if hasattr(tokenizer, "to_str"):
         tokenizer = tokenizer.to_str()
     policy = getattr(policy, "name", policy)
+    if isinstance(policy, str) and policy.split(" ")[0] == "evict":
+        raise ValueError(
+            f"namespace_of: the policy is called {policy!r}, as all are that evict() or demote() made, and entries "
+            f"could be taken for another's. Name it: dataclasses.replace(policy, name='mine(budget=6)')."
+        )
     for name, said in (("tokenizer", tokenizer), ("policy", policy)):
         if said is not None and not isinstance(said, str):
             raise ValueError(f"namespace_of: {name} is a {type(said).__name__}, and must be a text: give a digest.")

@@ -11,10 +11,11 @@ the last to finish writes the answers.
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +42,7 @@ class Line:
     text: str = ""
     max_new_tokens: int | None = None
     error: str | None = None
+    unnamed: bool = False  # its id is its number
 
 
 def run(
@@ -80,37 +82,60 @@ def run(
       The file of answers; None if another machine is still to write it.
 
     Raises:
-      ValueError: If the file cannot be read, another run writes the same answers, or a journal is of another job.
+      ValueError: If the file cannot be read, settings are refused, another run writes the same answers, or a journal is
+        of another job.
     """
     out = Path(out)
     part = (jax.process_index(), jax.process_count()) if part is None else part
+    if out.is_dir() or (out.exists() and out.samefile(prompts)):
+        raise ValueError(
+            f"batch: answers cannot be written to {out}, which is a folder or the prompts. Give another file."
+        )
     lines, digest = _lines(model, Path(prompts), chat)
-    job = [VERSION, digest, namespace_of(model.params, str(policy)), str(prefix_policy), max_new_tokens, chat, part[1]]
-    job = hashlib.sha256(json.dumps([*job, key, repr(sorted(settings.items()))]).encode()).hexdigest()
+    # What changes an answer; not how the run is cut up: it may go on with less memory, or on more machines.
+    answer = {name: value for name, value in settings.items() if name not in ("memory", "batch_tokens", "method")}
+    space = namespace_of(model.params, model.tokenizer, policy, prefixes=getattr(prefix_policy, "name", None))
+    job = [
+        VERSION,
+        digest,
+        space,
+        max_new_tokens,
+        chat and model.chat_template,
+        model.stop_tokens,
+        key,
+        repr(sorted(answer.items())),
+    ]
+    job = hashlib.sha256(json.dumps(job).encode()).hexdigest()
     sound = [i for i, line in enumerate(lines) if not line.error]
     place = {i: n for n, i in enumerate(sound)}
     outputs = [lines[i].max_new_tokens or max_new_tokens for i in sound]
-    with _journal(_journal_of(out, part), job) as (file, before):
-        for i, line in enumerate(lines):
-            if line.error and i not in before and i % part[1] == part[0]:
-                _append(file, i, {"id": line.id, "error": line.error})
+    bad = [i for i, line in enumerate(lines) if line.error and i % part[1] == part[0]]
+    base = 0
 
-        def progress(one: Progress) -> None:
-            _sync(file)
-            if on_progress is not None:
-                total, done = one.prompts + len(before), one.done + len(before)
-                on_progress(dataclasses.replace(one, prompts=total, done=done))
-
-        for one in answers(
+    def of_part(done: Collection[int]) -> Iterator[Finished]:
+        return answers(
             model.params, [lines[i].tokens for i in sound], policy, prefix_policy=prefix_policy,
             max_new_tokens=outputs, stop=model.stop_tokens, key=row_keys(key, len(lines))[np.array(sound, int)],
-            part=part, done=[place[i] for i in before if i in place], on_progress=progress, **settings,
-        ):  # fmt: skip
+            part=part, done=done, on_progress=progress, **settings,
+        )  # fmt: skip
+
+    def progress(one: Progress) -> None:
+        _sync(file)
+        if on_progress is not None:
+            on_progress(dataclasses.replace(one, prompts=one.prompts + base, done=one.done + base))
+
+    of_part(())  # refuses what cannot be, before there is a journal
+    with _journal(_journal_of(out, part), job) as file:
+        before = {line for record in _records(out, job) for line in record}
+        base = len(bad) + len([i for i in before if i in place])
+        for i in bad:
+            if i not in before:
+                _append(file, i, {"id": lines[i].id, "error": lines[i].error})
+        for one in of_part([place[i] for i in before if i in place]):
             line = sound[one.index]
             _append(file, line, _record(model, lines[line], one, outputs[one.index]))
-        _append(file, -1, {})  # all of this part is done
         _sync(file)
-        return _finish(out, part[1], job, len(lines))
+        return _finish(out, job, len(lines))
 
 
 def run_on_ray(load: Callable[[], Model], prompts: str | os.PathLike, out: str | os.PathLike, parts: int, **settings):
@@ -120,7 +145,7 @@ def run_on_ray(load: Callable[[], Model], prompts: str | os.PathLike, out: str |
       load: Makes the model, on the machine of the task.
       prompts: See `run`.
       out: See there.
-      parts: Tasks; groups stay together, so that a prefix lives in one of them.
+      parts: Tasks; groups stay together, unless one has more than 1.25 times its share of the tokens.
       **settings: See there.
 
     Returns:
@@ -163,10 +188,11 @@ def _lines(model: Model, path: Path, chat: bool) -> tuple[list[Line], str]:
     for number, text in enumerate(content.split(b"\n")):
         if text.strip():
             line = _line(number, text)
-            if line.error is None and (key := json.dumps(line.id)) in ids:
+            name = None if line.unnamed else json.dumps(line.id)
+            if line.error is None and name in ids:
                 line = Line(line.id, error=f"line {number + 1}: the id {line.id!r} is that of an earlier line")
-            elif line.error is None:
-                ids.add(key)
+            elif line.error is None and name is not None:
+                ids.add(name)
             found.append(line)
     if not found:
         raise ValueError(f"batch: {path} has no lines. Give one for each prompt.")
@@ -183,17 +209,23 @@ def _lines(model: Model, path: Path, chat: bool) -> tuple[list[Line], str]:
     return found, hashlib.sha256(content).hexdigest()
 
 
+def _no_number(said: str) -> None:
+    raise ValueError(f"{said} is no number")
+
+
 def _line(number: int, text: bytes) -> Line:
     """One line, not yet tokenised."""
     where = f"line {number + 1}"
     try:
-        said = json.loads(text)
-    except ValueError as error:  # UnicodeDecodeError is one
+        said = json.loads(text, parse_constant=_no_number)
+        json.dumps(said, ensure_ascii=False).encode()  # no half of a pair of surrogates
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
         return Line(number, error=f"{where} is no JSON: {error}")
     if not isinstance(said, dict):
         return Line(number, error=f"{where} is {json.dumps(said)[:40]}, and must be an object with a prompt")
     name, limit, prompt, tokens = (said.get(key) for key in ("id", "max_new_tokens", "prompt", "tokens"))
-    name = number if name is None else name
+    unnamed = name is None
+    name = number if unnamed else name
     if unknown := sorted(said.keys() - {"id", "max_new_tokens", "prompt", "tokens"}):
         return Line(name, error=f"{where} has {', '.join(unknown)}; known are id, prompt, tokens and max_new_tokens")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or not 0 < limit < 2**31):
@@ -205,12 +237,12 @@ def _line(number: int, text: bytes) -> Line:
     if prompt is not None and not prompt.strip():
         return Line(name, error=f"{where}: the prompt is empty")
     if prompt is not None:
-        return Line(name, (), prompt, limit)
+        return Line(name, (), prompt, limit, unnamed=unnamed)
     if not isinstance(tokens, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in tokens):
         return Line(name, error=f"{where}: tokens must be a list of whole numbers")
     if any(not -(2**31) <= one < 2**31 for one in tokens):
         return Line(name, error=f"{where}: tokens do not fit 32 bits")
-    return Line(name, tuple(tokens), "", limit)
+    return Line(name, tuple(tokens), "", limit, unnamed=unnamed)
 
 
 # The journal
@@ -221,8 +253,8 @@ def _journal_of(out: Path, part: tuple[int, int]) -> Path:
 
 
 @contextlib.contextmanager
-def _journal(path: Path, job: str) -> Iterator[tuple[BinaryIO, set[int]]]:
-    """The journal, open behind its last whole line, and the lines of prompts that it holds."""
+def _journal(path: Path, job: str) -> Iterator[BinaryIO]:
+    """The journal of one part, open behind its last whole line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+b")
@@ -236,31 +268,33 @@ def _journal(path: Path, job: str) -> Iterator[tuple[BinaryIO, set[int]]]:
         except OSError:
             raise ValueError(f"batch: another run is writing {path}. Wait for it, or give another file.") from None
         file.seek(0)
-        done, whole = set(), 0
-        for text in file:
-            record = _read(text)
-            if record is None:
-                break  # torn: it was being written when the run was killed
-            if whole == 0 and record.get("job") != job:
-                raise ValueError(
-                    f"batch: {path} is of a run with another file, model or settings. Go on with those, or remove it."
-                )
-            whole += len(text)
-            done.add(record.get("line", -1))
-        file.truncate(whole)
+        first, kept = file.readline(), 0
+        begun = _read(first)
+        if begun is None and first.endswith(b"\n") or begun is not None and begun.get("job") != job:
+            raise ValueError(
+                f"batch: {path} is of a run with another file, model or settings, or no journal. Go on with those, or "
+                f"remove it."
+            )
+        if begun is not None:  # else empty, or torn while it was being written
+            kept = len(first)
+            for text in file:
+                if _read(text) is None:
+                    break  # torn
+                kept += len(text)
+        file.truncate(kept)
         file.seek(0, os.SEEK_END)
-        if not whole:
+        if not kept:
             file.write(json.dumps({"job": job}).encode() + b"\n")
-        yield file, done - {-1}
+        yield file
 
 
 def _read(text: bytes) -> dict[str, Any] | None:
-    if not text.endswith(b"\n"):
-        return None
+    """A whole line of a journal; None if it is none."""
     try:
-        return json.loads(text)
+        found = json.loads(text) if text.endswith(b"\n") else None
     except ValueError:
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _append(file: BinaryIO, line: int, record: dict[str, Any]) -> None:
@@ -272,21 +306,30 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _finish(out: Path, parts: int, job: str, count: int) -> Path | None:
-    """Writes the answers, if all parts are done, and removes their journals."""
-    journals = [_journal_of(out, (p, parts)) for p in range(parts)]
+def _journals(out: Path) -> list[Path]:
+    """All journals of these answers, of however many machines."""
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.partial*"))
+
+
+def _records(out: Path, job: str) -> list[dict[int, dict[str, Any]]]:
+    """What the journals of a job hold, by line."""
+    found = []
+    for path in _journals(out):
+        with contextlib.suppress(FileNotFoundError):
+            first, *lines = [_read(text) for text in path.read_bytes().splitlines(keepends=True)] or [None]
+            if first is not None and first.get("job") == job:
+                found.append({one["line"]: one["record"] for one in lines if one is not None})
+    return found
+
+
+def _finish(out: Path, job: str, count: int) -> Path | None:
+    """Writes the answers, if all lines have one, and removes the journals."""
     records: dict[int, dict[str, Any]] = {}
-    for path in journals:
-        try:
-            found = [_read(text) for text in path.read_bytes().splitlines(keepends=True)]
-        except FileNotFoundError:
-            return None
-        found = [record for record in found if record is not None]
-        if not found or found[0].get("job") != job or found[-1].get("line") != -1:
-            return None
-        records |= {record["line"]: record["record"] for record in found[1:] if record["line"] >= 0}
-    assert len(records) == count
+    for some in _records(out, job):
+        records |= some
+    if len(records) < count:
+        return None
     write_whole(out, "".join(json.dumps(records[i], ensure_ascii=False) + "\n" for i in range(count)))
-    for path in journals:
+    for path in _journals(out):
         path.unlink(missing_ok=True)
     return out

@@ -412,7 +412,7 @@ class Reuse:
         first, count = self._seen.pop(page, (self._now, 0))
         self._seen[page] = first, count + 1
         if len(self._seen) > self._memory:
-            self._seen.popitem(last=False)
+            self._since.pop(self._seen.popitem(last=False)[0], None)
         self._since.setdefault(page, self._now)
         gap = (self._now - first) / count if count else math.inf
         return int(gap > self.residence)

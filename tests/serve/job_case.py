@@ -15,7 +15,7 @@ def model():
 
 
 def run(prompts, out, **settings):
-    return jobs.run(model(), prompts, out, max_new_tokens=4, batch_tokens=64, **settings)
+    return jobs.run(model(), prompts, out, **{"max_new_tokens": 4, "batch_tokens": 64, **settings})
 
 
 if __name__ == "__main__":

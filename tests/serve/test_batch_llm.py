@@ -212,3 +212,59 @@ def test_streaming_llm_may_be_used_where_nothing_is_shared():
     found = batch_llm.batch(PARAMS, PROMPTS[:2], policy, method="none", max_new_tokens=2, batch_tokens=64)
     for one, prompt in zip(found, PROMPTS[:2], strict=True):
         assert_array_equal(one.tokens, alone(prompt, max_new_tokens=2))
+
+
+def test_a_nan_does_not_reach_the_prompt_that_gets_its_row_next():
+    broken = dataclasses.replace(PARAMS, embed=PARAMS.embed.at[60].set(np.nan), unembed=PARAMS.embed)
+    prompts = [[60, 1, 2], [3, 4, 5], [6, 7, 8]]
+    one_row = {"method": "none", "memory": 9000, "batch_tokens": 16, "max_new_tokens": 3}
+    found = batch_llm.batch(broken, prompts, **one_row)
+    for one, prompt in zip(found[1:], prompts[1:], strict=True):
+        assert_array_equal(one.tokens, alone(prompt, max_new_tokens=3))
+
+
+def mixed(count):
+    """Groups of many sizes."""
+    rng = np.random.default_rng(8)
+    for i in range(count):
+        shared = words(int(rng.integers(1, 120)), 200 + i)
+        yield from (shared + words(int(rng.integers(1, 90)), 300 + 9 * i + j) for j in range(int(rng.integers(1, 4))))
+
+
+def test_prompts_of_many_sizes_run_in_a_handful_of_shapes_and_memory_holds_one_at_a_time(monkeypatch):
+    prompts, held = list(mixed(12)), []
+    heads = CONFIG.kv_heads
+    start = sum(a.nbytes for a in jax.live_arrays() if a.ndim == 4 and a.shape[1] == heads)
+
+    def spy(progress):
+        now = sum(a.nbytes for a in jax.live_arrays() if a.ndim == 4 and a.shape[1] == heads)
+        held.append((now - start, progress))
+
+    run = batch_llm._Run._run  # shapes are counted, and nothing is compiled for them
+    monkeypatch.setattr(
+        batch_llm._Run,
+        "_run",
+        lambda self, work, who: np.zeros(len(who), np.int32),
+    )
+    memory = 400_000
+    batch_llm.batch(PARAMS, prompts, max_new_tokens=2, batch_tokens=64, memory=memory, on_progress=spy)
+    assert run is not batch_llm._Run._run
+    assert held[-1][1].programs <= 4 * batch_llm.MOST_SORTS
+    assert max(now for now, _ in held) <= memory
+    assert held[-1][1].read == held[-1][1].logical - held[-1][1].shared
+
+
+@pytest.mark.parametrize("bad", [[1.5, 2.0], [[1], [2]], "hi", [2**40], [None]], ids=str)
+def test_a_prompt_that_is_no_list_of_ids_is_refused_alone(bad):
+    found = batch_llm.batch(PARAMS, [[1, 2], bad], max_new_tokens=2, batch_tokens=64)
+    assert found[0].error is None
+    assert found[1].error
+
+
+@pytest.mark.parametrize(
+    "settings, why",
+    [({"part": (0, 2)}, "part would leave"), ({"done": [0]}, "done would leave"), ({"memory": float("inf")}, "memory")],
+)
+def test_what_batch_cannot_take_is_refused(settings, why):
+    with pytest.raises(ValueError, match=why):
+        batch_llm.batch(PARAMS, PROMPTS, **settings)

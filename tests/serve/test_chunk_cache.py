@@ -272,6 +272,43 @@ def test_entries_in_eight_bits_are_nearly_as_good():
     assert 0 < np.abs(out.logits - want).max() < 0.05 * np.abs(want).max()  # 8 bits, in every layer
 
 
+def test_what_is_stored_in_eight_bits_is_never_called_exact():
+    out = learned(int8=True).prefill(PARAMS, SYSTEM, [A, B, C], QUESTION)
+    assert {one.how for one in out.parts} == {"fixed"}
+
+
+def test_a_disk_full_of_damaged_variants_that_cannot_be_removed_is_read_around(tmp_path, monkeypatch):
+    rag = ChunkCache(tmp_path, host_bytes=0, choice=by_context(10.0))
+    for before in ([], [A], [B]):
+        rag.prefill(PARAMS, SYSTEM, [*before, C], QUESTION)
+    rag.close()
+    for path in tmp_path.rglob("*.safetensors"):
+        held = bytearray(path.read_bytes())
+        held[-1] ^= 1
+        path.write_bytes(held)
+    rag = ChunkCache(tmp_path, host_bytes=0)
+    monkeypatch.setattr(type(rag._store_of(PARAMS)._disk), "remove", lambda *_: False)
+    with pytest.warns(RuntimeWarning):
+        out = rag.prefill(PARAMS, SYSTEM, [B, C], QUESTION)
+    assert_allclose(out.logits, whole(SYSTEM, B, C, QUESTION)[0], atol=1e-4)
+
+
+def test_a_variant_that_has_just_been_stored_is_not_the_one_to_leave():
+    rag = ChunkCache(variants=1, choice=by_context(10.0))
+    for _ in range(5):
+        rag.prefill(PARAMS, SYSTEM, [A, C], QUESTION)  # C behind A is used again and again
+    for _ in range(2):
+        out = rag.prefill(PARAMS, SYSTEM, [B, C], QUESTION)
+    assert [one.how for one in out.parts] == ["exact", "exact", "exact"]
+
+
+def test_chunks_may_be_held_on_the_device_alone():
+    rag = learned(device_bytes=2**24, host_bytes=0)
+    out = rag.prefill(PARAMS, SYSTEM, [A, B, C], QUESTION)
+    assert [one.how for one in out.parts] == ["exact"] * 4
+    assert rag.stats()["hits"]["device"] == 4
+
+
 def test_a_policy_stores_the_part_of_a_chunk_that_it_keeps_of_the_chunk_alone():
     policy = policies.h2o(6, window=2)
     small = learned(policy=policy, choice=nothing())

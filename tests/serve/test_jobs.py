@@ -57,6 +57,9 @@ def test_a_bad_line_is_an_error_record_and_no_crash(wanted, tmp_path):
         '{"tokens": [1], "temperatur": 0}': "temperatur",
         '{"id": "p0", "tokens": [1]}': "earlier line",
         json.dumps({"tokens": [1] * 500}): "context",
+        '{"tokens": ' + "[" * 9999 + "]" * 9999 + "}": "no JSON",
+        '{"id": NaN, "tokens": [1]}': "NaN",
+        '{"prompt": "\\ud800"}': "no JSON",
     }
     found = read(job_case.run(write(tmp_path / "in.jsonl", [*PROMPTS[:2], *bad]), tmp_path / "out.jsonl"))
     assert found[:2] == wanted[:2]
@@ -100,6 +103,54 @@ def test_a_journal_of_another_job_is_refused(tmp_path):
         job_case.run(prompts, out)
 
 
+def test_a_refused_run_leaves_nothing_behind_and_the_right_one_works(wanted, tmp_path):
+    prompts, out = write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl"
+    for wrong in ({"method": "best"}, {"temperature": -1.0}, {"memory": 0}):
+        with pytest.raises(ValueError):
+            job_case.run(prompts, out, **wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    assert read(job_case.run(prompts, out)) == wanted
+
+
+def test_a_run_may_go_on_with_less_memory_and_on_more_machines(wanted, tmp_path):
+    prompts, out = write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl"
+
+    def stop(progress):
+        if progress.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job_case.run(prompts, out, on_progress=stop)
+    assert job_case.run(prompts, out, part=(0, 2), memory=30_000) is None
+    assert read(job_case.run(prompts, out, part=(1, 2))) == wanted
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+
+
+@pytest.mark.parametrize("content", ["a text of somebody\n", "3\n"])
+def test_a_file_that_is_no_journal_is_left_alone(content, tmp_path):
+    prompts, other = write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl.partial"
+    other.write_text(content)
+    with pytest.raises(ValueError, match="no journal"):
+        job_case.run(prompts, tmp_path / "out.jsonl")
+    assert other.read_text() == content
+
+
+def test_prompts_are_not_overwritten(tmp_path):
+    prompts = write(tmp_path / "in.jsonl", PROMPTS)
+    before = prompts.read_text()
+    for out in (prompts, tmp_path):
+        with pytest.raises(ValueError, match="folder or the prompts"):
+            job_case.run(prompts, out)
+    assert prompts.read_text() == before
+
+
+def test_numbers_given_as_ids_do_not_collide_with_the_numbers_of_lines(tmp_path):
+    lines = [{"id": 1, "tokens": [1]}, {"tokens": [2]}]
+    assert all(
+        "tokens" in one for one in read(job_case.run(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"))
+    )
+
+
 def test_two_runs_do_not_write_the_same_answers(tmp_path):
     prompts, out = write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl"
     with jobs._journal(tmp_path / "out.jsonl.partial", "x"), pytest.raises(ValueError, match="another run"):
@@ -119,7 +170,7 @@ def test_fifty_kills_lose_no_line_and_double_none(tmp_path, monkeypatch):
     """The journal, under answers that come a few at a time; the children are forks and compute nothing."""
     count = 400
     prompts = write(tmp_path / "in.jsonl", [{"tokens": [i]} for i in range(count)])
-    out, made = tmp_path / "out.jsonl", tmp_path / "made"
+    out = tmp_path / "out.jsonl"
 
     def slowly(params, prompts, policy, *, done, on_progress, **_):
         left = [i for i in range(count) if i not in set(done)]
@@ -131,7 +182,7 @@ def test_fifty_kills_lose_no_line_and_double_none(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jobs, "answers", slowly)
     monkeypatch.setattr(jobs, "row_keys", lambda key, count: np.zeros(count))
-    monkeypatch.setattr(jobs, "namespace_of", lambda *_: "model")
+    monkeypatch.setattr(jobs, "namespace_of", lambda *_, **__: "model")
     model, pick, kills = job_case.model(), random.Random(1), 0
     while not out.exists():
         child = os.fork()
@@ -150,7 +201,6 @@ def test_fifty_kills_lose_no_line_and_double_none(tmp_path, monkeypatch):
             whole = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
             lines = [line["line"] for line in whole[1:]]
             assert len(set(lines)) == len(lines)
-        assert not made.exists()
     assert [one["tokens"] for one in read(out)] == [[i, 7] for i in range(count)]
     assert kills == 50
 
