@@ -365,8 +365,11 @@ def test_choices_out_of_range_are_refused(make, why):
 
 def test_prompts_of_the_same_size_compile_nothing_new():
     rag = learned()
-    rag.prefill(PARAMS, SYSTEM, [C, A, B], QUESTION)
+
+    def read(seed):
+        rag.prefill(PARAMS, SYSTEM, [words(12, seed), words(9, seed + 1), words(17, seed + 2)], QUESTION)
+
+    read(20)  # unlike the first prompt, behind a system text that is cached
     before = chunk_cache._layer._cache_size()
-    other = words(12, 20), words(9, 21), words(17, 22)
-    rag.prefill(PARAMS, SYSTEM, other, QUESTION)
+    read(30)
     assert chunk_cache._layer._cache_size() == before
