@@ -27,6 +27,10 @@ HeadsOption = Annotated[
     list[Path] | None,
     typer.Option("--heads", help="A file of trained heads; without it those that come with kvjax. Can be given again."),
 ]
+TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopKOption = Annotated[int | None, typer.Option(help="Draw from the likeliest tokens only.")]
+TopPOption = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this probability only.")]
+DrawsOption = Annotated[int, typer.Option(help="Seed of the draws.")]
 DEMO = "full,streaming_llm,h2o,snapkv,tova,keydiff,compactor,ems,kvmerger,locret"  # within six minutes on two cores
 FileOption = Annotated[Path | None, typer.Option("--file", help="Read the prompt from a UTF-8 file instead.")]
 
@@ -45,12 +49,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of the answer at most.")] = 128,
     chunk: Annotated[int | None, typer.Option(help="Read the prompt this many tokens at a time.")] = None,
     heads: HeadsOption = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the likeliest tokens only.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this probability only.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    seed: DrawsOption = 0,
 ) -> None:
     """Answers a prompt as it goes, and ends with a line of bytes and tokens/s."""
     import kvjax
@@ -276,12 +278,10 @@ def batch(
     memory: Annotated[float, typer.Option(help="MiB that caches may take.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of one pass through the model.")] = 2048,
     method: Annotated[str, typer.Option(help="How prompts are grouped: exact, paper, naive or none.")] = "exact",
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the likeliest tokens only.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this probability only.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    seed: DrawsOption = 0,
 ) -> None:
     """Answers a file of prompts, and computes what they share once. A run that was killed goes on where it was."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

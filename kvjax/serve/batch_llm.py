@@ -123,7 +123,8 @@ def answers(
     Args:
       params: The model.
       prompts: Token ids of each, whole: what they share is found here.
-      policy: Of what each prompt has of its own, and its answer; None is `full`.
+      policy: Of what each prompt has of its own, and its answer; None is `full`. With codecs, what is read is read as
+        it is stored, from the first chunk on.
       prefix_policy: Of shared prefixes, which are read alone, so that its choice depends on nothing else; None is
         `full`.
       max_new_tokens: Tokens to generate at most: one number, or one for each prompt.

@@ -240,15 +240,10 @@ def test_prompts_of_many_sizes_run_in_a_handful_of_shapes_and_memory_holds_one_a
         now = sum(a.nbytes for a in jax.live_arrays() if a.ndim == 4 and a.shape[1] == heads)
         held.append((now - start, progress))
 
-    run = batch_llm._Run._run  # shapes are counted, and nothing is compiled for them
-    monkeypatch.setattr(
-        batch_llm._Run,
-        "_run",
-        lambda self, work, who: np.zeros(len(who), np.int32),
-    )
+    # shapes are counted, and nothing is compiled for them
+    monkeypatch.setattr(batch_llm._Run, "_run", lambda self, work, who: np.zeros(len(who), np.int32))
     memory = 400_000
     batch_llm.batch(PARAMS, prompts, max_new_tokens=2, batch_tokens=64, memory=memory, on_progress=spy)
-    assert run is not batch_llm._Run._run
     assert held[-1][1].programs <= 4 * batch_llm.MOST_SORTS
     assert max(now for now, _ in held) <= memory
     assert held[-1][1].read == held[-1][1].logical - held[-1][1].shared
@@ -268,3 +263,11 @@ def test_a_prompt_that_is_no_list_of_ids_is_refused_alone(bad):
 def test_what_batch_cannot_take_is_refused(settings, why):
     with pytest.raises(ValueError, match=why):
         batch_llm.batch(PARAMS, PROMPTS, **settings)
+
+
+@pytest.mark.parametrize("policy", [policies.h2o(8, window=2), policies.keydiff(8)], ids=str)
+def test_an_evicting_policy_answers_what_decode_answers(policy):
+    prompts = [words(20, 400 + i) for i in range(3)]
+    found = batch_llm.batch(PARAMS, prompts, policy, method="none", max_new_tokens=OUT, batch_tokens=64)
+    for one, prompt in zip(found, prompts, strict=True):
+        assert_array_equal(one.tokens, alone(prompt, policy))
