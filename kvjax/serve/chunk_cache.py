@@ -240,7 +240,7 @@ class ChunkCache:
         for part in parts:
             exact &= part.how in ("computed", "exact")
             part.exact = exact
-        run = _Run(params, self.choice, self.focus, prompt, parts, room)
+        run = _Run(params, self.choice, self.focus, prompt, parts, room, queries=self.policy is not None)
         logits, cache = run()
         for i, part in enumerate(parts):
             if part.how == "computed" and part.name is not None:
@@ -305,7 +305,7 @@ class ChunkCache:
         about: dict[str, Any] = {"tokens": run.prompt.parts[part.index]}
         layers = run.made_of(part)
         if not part.index or self.policy is None:
-            layers = [(k.swapaxes(0, 1), v.swapaxes(0, 1)) for _, k, v in layers]
+            layers = [(k.swapaxes(0, 1), v.swapaxes(0, 1)) for *_, k, v in layers]
         else:
             kept = [_compressed(*made, self.policy, params.config, i) for i, made in enumerate(layers)]
             layers, about["pos"] = [(k, v) for k, v, _ in kept], np.stack([pos for *_, pos in kept])
@@ -424,9 +424,10 @@ class _Part:
 class _Run:
     """One prefill, layer by layer."""
 
-    def __init__(self, params, choice, focus, prompt, parts, room):
+    def __init__(self, params, choice, focus, prompt, parts, room, *, queries):
         self.params, self.choice, self.focus, self.prompt, self.parts = params, choice, focus, prompt, parts
         self.room, self.chunks = room, len(parts) - 2
+        self.queries = queries  # whether those of stored chunks are kept, for a policy to choose by
         self.total = prompt.starts[-1]
         self.rows = np.concatenate([part.rows for part in parts])  # positions that are computed now
         for part in parts:
@@ -438,7 +439,7 @@ class _Run:
         stored = any(part.how == "computed" and part.index and part.name for part in parts)
         self.stores = any(part.how == "computed" and part.name for part in parts)
         self.counts = bool(self.chunks) and (stored or focus is not None)  # whether attention to chunks is summed
-        self.made: list[tuple] = []  # of each layer: positions computed; queries, keys, values, not rotated
+        self.made: list[tuple] = []  # of each layer: positions computed; queries if kept, keys, values, not rotated
         self.mass: list[tuple] = []  # of each layer: positions computed, f32[X, C]
         self.dropped: int | None = None
         self._focused: list[frozenset[int]] = []
@@ -461,7 +462,7 @@ class _Run:
             )  # fmt: skip
             layers.append(layer)
             if self.stores:
-                self.made.append((self.rows, *made))
+                self.made.append((self.rows, *(made if self.queries else made[1:])))
             if self.counts:
                 self.mass.append((self.rows, mass))
             keep = self._after(i, stored, made)
@@ -554,7 +555,7 @@ class _Run:
         return [float(mass) / part.count for mass, part in zip(total, self.parts[1:-1], strict=True)]
 
     def made_of(self, part: _Part) -> list[tuple]:
-        """Of each layer, queries, keys and values [T, heads, D] of a part that was computed in full, not rotated."""
+        """Of each layer, queries if kept, keys and values [T, heads, D] of a part computed in full, not rotated."""
         layers = []
         for rows, *vectors in self.made:
             at = int(np.searchsorted(rows, part.start))
